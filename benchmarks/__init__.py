@@ -1,0 +1,1 @@
+"""Tables of measured architectures, memory-mapped, and how official files become tables."""

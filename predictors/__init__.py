@@ -1,0 +1,1 @@
+"""Performance predictors: learn the ranking of architectures from a few measured ones."""

@@ -1,0 +1,1 @@
+"""The published spaces of cells and macro networks, one file each."""

@@ -1,0 +1,1 @@
+"""Training-free scores and rank statistics: torch only."""
