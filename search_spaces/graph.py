@@ -78,7 +78,7 @@ class OpGraph:
 
 
 def live(graph: OpGraph) -> np.ndarray:
-    """bool [n]: nodes on a path from input to output that no `none` operation cuts; input and output are always live."""
+    """bool [n]: nodes on a path from input to output that no `none` cuts; input and output are always live."""
     n = len(graph)
     carries = np.array([op != "none" for op in graph.ops])
     adjacency = graph.adjacency & carries[:, None] & carries[None, :]
