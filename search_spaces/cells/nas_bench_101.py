@@ -1,0 +1,372 @@
+"""NAS-Bench-101: cells that are directed acyclic graphs of at most seven vertices and nine edges.
+
+Ying et al., NAS-Bench-101: Towards Reproducible Neural Architecture Search, ICML 2019, section 2. Where the paper
+leaves something open, the rule is that of its published code (google-research/nasbench).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from search_spaces.cells.nas_bench_101_network import Network, network_cost
+from search_spaces.cells.nas_bench_201 import refuse_scale
+from search_spaces.common.errors import UserError, one_of
+from search_spaces.common.names import nearest
+from search_spaces.graph import OpGraph
+from search_spaces.space import LayerFactory, SearchSpace
+
+OPERATIONS = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")  # the order of the published labels 0, 1, 2
+MAX_VERTICES, MAX_EDGES = 7, 9
+INNER = MAX_VERTICES - 2
+EDGE_PLACES = MAX_VERTICES * (MAX_VERTICES - 1) // 2
+TRIES = 100
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell: `matrix[i][j]` = 1 where vertex i feeds vertex j > i; `ops` from `input` to `output`.
+
+    Nested lists and arrays are taken too. Vertices on no path from input to output are dropped.
+    Errors: UserError where nothing is left or more than seven vertices or nine edges are.
+    """
+
+    matrix: tuple[tuple[int, ...], ...]
+    ops: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        successors, ops = _successors(self.matrix), tuple(self.ops)
+        _check_ops(ops, len(successors))
+        kept = _kept_vertices(successors)
+        if not kept:
+            raise UserError(_text(self.matrix), "a cell with a path from input to output")
+        edges = sum((successors[v] >> w) & 1 for v in kept for w in kept)
+        if len(kept) > MAX_VERTICES:
+            raise UserError(len(kept), f"at most {MAX_VERTICES} vertices on paths from input to output")
+        if edges > MAX_EDGES:
+            raise UserError(edges, f"at most {MAX_EDGES} edges on paths from input to output")
+        matrix = tuple(tuple((successors[v] >> w) & 1 for w in kept) for v in kept)
+        object.__setattr__(self, "matrix", matrix)
+        object.__setattr__(self, "ops", tuple(ops[v] for v in kept))
+
+
+class NasBench101(SearchSpace[Cell]):
+    """423,624 cells up to isomorphism. `build` takes `channels` (128), `cells_per_stage` (3) and `stem_stride` (1)."""
+
+    name = "nas-bench-101"
+    vocabulary = ("input", "output", *OPERATIONS)
+
+    def sample(self, rng: np.random.Generator) -> Cell:
+        """Uniform over all (matrix, operations) of seven vertices whose pruned cell is valid.
+
+        The published notebook's `random_spec`: a class of cells is drawn as often as it has such spellings.
+        """
+        while True:
+            bits, labels = divmod(int(rng.integers(2**EDGE_PLACES * 3**INNER)), 3**INNER)
+            successors, shift = [], EDGE_PLACES
+            for v in range(MAX_VERTICES):
+                width = MAX_VERTICES - 1 - v
+                shift -= width
+                successors.append(((bits >> shift) & ((1 << width) - 1)) << (v + 1))
+            if _is_valid(successors):
+                ops = []
+                for _ in range(INNER):
+                    labels, label = divmod(labels, 3)
+                    ops.append(OPERATIONS[label])
+                return _cell(successors, ops)
+
+    def mutate(self, arch: Cell, rng: np.random.Generator) -> Cell:
+        """Each of 21 edges flips with probability 1/7, each of 5 operations changes with probability 1/5.
+
+        The published notebook's `mutate_spec` at rate 1, repeated until the cell is valid and its key is another one.
+        It remembers the unpruned matrix; here the missing vertices come back unconnected, at random places and with
+        random operations.
+        """
+        while True:
+            successors, ops = _padded(arch, rng)
+            flips = iter((rng.random(EDGE_PLACES) < 1 / MAX_VERTICES).tolist())
+            for v in range(MAX_VERTICES):
+                for w in range(v + 1, MAX_VERTICES):
+                    successors[v] ^= next(flips) << w
+            for place in np.flatnonzero(rng.random(INNER) < 1 / INNER):
+                others = [o for o in OPERATIONS if o != ops[place]]
+                ops[place] = others[int(rng.integers(len(others)))]
+            if _is_valid(successors):
+                child = _cell(successors, ops)
+                if child != arch and self.key(child) != self.key(arch):
+                    return child
+
+    def crossover(self, first: Cell, second: Cell, rng: np.random.Generator) -> Cell:
+        """Every edge and every operation of seven vertices from either parent with probability one half.
+
+        Repeated until the child is valid; after 100 attempts it is a mutation of `first`.
+        """
+        for _ in range(TRIES):
+            (left, left_ops), (right, right_ops) = _padded(first, rng), _padded(second, rng)
+            masks = rng.integers(2**MAX_VERTICES, size=MAX_VERTICES).tolist()
+            successors = [(a & m) | (b & ~m) for a, b, m in zip(left, right, masks, strict=True)]
+            picks = rng.random(INNER) < 0.5
+            if _is_valid(successors):
+                ops = [a if p else b for a, b, p in zip(left_ops, right_ops, picks, strict=True)]
+                return _cell(successors, ops)
+        return self.mutate(first, rng)
+
+    def neighbors(self, arch: Cell) -> Iterator[Cell]:
+        """Every valid cell one edit away, one of each key: an operation changed, an edge flipped, a vertex added.
+
+        An added vertex has one edge in and one out. Without that edit a pruned cell could only shrink.
+        """
+        seen = {self.key(arch)}
+        for successors, ops in _edits(arch):
+            if _is_valid(successors):
+                cell = _cell(successors, ops)
+                if self.key(cell) not in seen:
+                    seen.add(self.key(cell))
+                    yield cell
+
+    def encode(self, arch: Cell) -> str:
+        """Rows of the matrix's upper triangle as bits, a colon, the inner operations: `101:conv3x3-bn-relu`."""
+        return f"{_text(arch.matrix)}:{','.join(arch.ops[1:-1])}"
+
+    def decode(self, text: str) -> Cell:
+        """Inverse of `encode`; UserError names the part that does not fit."""
+        bits, colon, names = text.strip().partition(":")
+        if not colon or not bits or set(bits) - {"0", "1"}:
+            raise UserError(text, "bits, a colon and operations, such as '101:conv3x3-bn-relu'")
+        vertices = next(n for n in range(2, len(bits) + 2) if n * (n - 1) // 2 >= len(bits))
+        if vertices * (vertices - 1) // 2 != len(bits):
+            raise UserError(bits, f"n (n - 1) / 2 bits for n vertices (1, 3, 6, 10, 15 or 21), not {len(bits)}")
+        ops = names.split(",") if names else []
+        matrix, start = [], 0
+        for v in range(vertices):
+            row = bits[start : start + vertices - 1 - v]
+            matrix.append([0] * (v + 1) + [int(bit) for bit in row])
+            start += len(row)
+        cell = Cell(matrix, ("input", *ops, "output"))  # type: ignore[arg-type]
+        if self.encode(cell) != text.strip():
+            raise UserError(text, "a cell whose vertices all lie on paths from input to output", self.encode(cell))
+        return cell
+
+    def key(self, arch: Cell) -> str:
+        """The published hash (`graph_util.hash_module`), equal for isomorphic cells and only for those."""
+        return _key(arch)
+
+    def function_key(self, arch: Cell) -> str:
+        """The hash with vertices that feed the output told apart by their order.
+
+        Channels that do not divide evenly go to the first of these vertices, so isomorphic cells can have different
+        widths. Cells with equal function keys build the same network up to the names of their vertices, at any width.
+        """
+        return _function_key(arch)
+
+    def codes(self, archs: Sequence[Cell]) -> np.ndarray:
+        """The first 63 bits of each key: isomorphic cells share a row of a table."""
+        return np.fromiter((int(self.key(a)[:16], 16) >> 1 for a in archs), np.int64, len(archs))
+
+    def graph(self, arch: Cell) -> OpGraph:
+        """The cell itself; at most seven nodes."""
+        return OpGraph(arch.ops, np.array(arch.matrix, bool))
+
+    def cost(
+        self,
+        arch: Cell,
+        *,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        input_size: int = 32,
+        channels: int = 128,
+        cells_per_stage: int = 3,
+        stem_stride: int = 1,
+    ) -> dict[str, int]:
+        """Exact counts for square inputs of `input_size`; a pruned cell has no dead parts, so `live_macs` = `macs`.
+
+        `paths` counts the cell's paths from input to output, `depth` the convolutions and linear layers on the longest
+        path through the network.
+        """
+        return network_cost(
+            arch.matrix, arch.ops, in_channels, num_classes, input_size, channels, cells_per_stage, stem_stride
+        )
+
+    def build(
+        self,
+        arch: Cell,
+        *,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        norm: LayerFactory | None = None,
+        act: LayerFactory | None = None,
+        channels: int = 128,
+        cells_per_stage: int = 3,
+        stem_stride: int = 1,
+        **unknown: Any,
+    ) -> nn.Module:
+        """The benchmark's network (figure 1): stem, three stacks of cells, max-pooling and doubled width between them.
+
+        `channels` must be at least the number of vertices that feed the output (4 suffices for every cell).
+        """
+        refuse_scale(unknown, self.name)
+        return Network(
+            arch.matrix, arch.ops, in_channels, num_classes, norm, act, channels, cells_per_stage, stem_stride
+        )
+
+    def __len__(self) -> int:
+        """The number of isomorphism classes (section 2.2 of the paper)."""
+        return 423_624
+
+    def __iter__(self) -> Iterator[Cell]:
+        """One cell of every isomorphism class, small ones first."""
+        from search_spaces.cells.nas_bench_101_enumeration import all_matrices_and_labels
+
+        for matrix, labels in all_matrices_and_labels(MAX_VERTICES, MAX_EDGES, len(OPERATIONS)):
+            yield Cell(matrix, ("input", *(OPERATIONS[label] for label in labels), "output"))
+
+
+def _successors(matrix: Sequence[Sequence[int]]) -> list[int]:
+    """Row v as a bit mask of the vertices that v feeds. UserError unless 0/1 and strictly upper triangular."""
+    rows = matrix.tolist() if isinstance(matrix, np.ndarray) else matrix
+    size, successors = len(rows), []
+    for v, row in enumerate(rows):
+        if len(row) != size:
+            raise UserError(len(row), f"a square matrix: {size} entries in row {v}")
+        mask = 0
+        for w, entry in enumerate(row):
+            if entry:
+                if entry != 1 or w <= v:
+                    raise UserError(entry, f"0 at row {v}, column {w}, 0 or 1 above the diagonal (upper triangular)")
+                mask |= 1 << w
+        successors.append(mask)
+    return successors
+
+
+def _check_ops(ops: tuple[str, ...], vertices: int) -> None:
+    if len(ops) != vertices or vertices < 2:
+        raise UserError(
+            ",".join(ops[1:-1]), f"{vertices - 2} operations between input and output for {vertices} vertices"
+        )
+    if ops[0] != "input" or ops[-1] != "output":
+        raise UserError(str(ops), "operations that begin with 'input' and end with 'output'")
+    for op in ops[1:-1]:
+        if op not in OPERATIONS:
+            expected = f"an operation of {NasBench101.name} ({one_of(OPERATIONS)})"
+            raise UserError(op, expected, nearest(str(op), OPERATIONS))
+
+
+def _kept_vertices(successors: Sequence[int]) -> list[int]:
+    """The vertices on paths from the first to the last; [] where there is no such path."""
+    last = len(successors) - 1
+    reached, useful = 1, 1 << last
+    for v in range(last):
+        if (reached >> v) & 1:
+            reached |= successors[v]
+    for v in range(last - 1, -1, -1):
+        if successors[v] & useful:
+            useful |= 1 << v
+    kept = reached & useful
+    return [v for v in range(last + 1) if (kept >> v) & 1] if kept & 1 else []
+
+
+def _is_valid(successors: Sequence[int]) -> bool:
+    """Whether at most nine edges are left on paths from input to output, and at least one."""
+    kept = _kept_vertices(successors)
+    mask = sum(1 << v for v in kept)
+    return bool(kept) and sum((successors[v] & mask).bit_count() for v in kept) <= MAX_EDGES
+
+
+def _cell(successors: Sequence[int], inner_ops: Sequence[str]) -> Cell:
+    size = len(successors)
+    matrix = tuple(tuple((mask >> w) & 1 for w in range(size)) for mask in successors)
+    return Cell(matrix, ("input", *inner_ops, "output"))
+
+
+def _padded(cell: Cell, rng: np.random.Generator) -> tuple[list[int], list[str]]:
+    """(successors, inner operations) of seven vertices; those that `cell` lacks are unconnected, at random places."""
+    inner = len(cell.ops) - 2
+    places = sorted((rng.permutation(INNER)[:inner] + 1).tolist())
+    vertices = [0, *places, MAX_VERTICES - 1]
+    successors, ops = [0] * MAX_VERTICES, [OPERATIONS[i] for i in rng.integers(len(OPERATIONS), size=INNER)]
+    for v, row in zip(vertices, cell.matrix, strict=True):
+        successors[v] = sum(1 << w for w, edge in zip(vertices, row, strict=True) if edge)
+    for place, op in zip(places, cell.ops[1:-1], strict=True):
+        ops[place - 1] = op
+    return successors, ops
+
+
+def _edits(cell: Cell) -> Iterator[tuple[list[int], list[str]]]:
+    """(successors, inner operations) of every cell one edit away, valid or not."""
+    successors, ops = _successors(cell.matrix), list(cell.ops[1:-1])
+    size = len(successors)
+    for place, present in enumerate(ops):
+        for op in OPERATIONS:
+            if op != present:
+                yield successors, [*ops[:place], op, *ops[place + 1 :]]
+    for v in range(size):
+        for w in range(v + 1, size):
+            yield [mask ^ (1 << w) if u == v else mask for u, mask in enumerate(successors)], ops
+    if size == MAX_VERTICES:
+        return
+    for v in range(size):
+        for w in range(v + 1, size):
+            # The new vertex comes right after v; later ones move up by one.
+            low = (1 << (v + 1)) - 1
+            moved = [(mask & low) | ((mask & ~low) << 1) for mask in successors]
+            moved[v] |= 1 << (v + 1)
+            moved.insert(v + 1, 1 << (w + 1))
+            for op in OPERATIONS:
+                yield moved, [*ops[:v], op, *ops[v:]]
+
+
+def _text(matrix: Sequence[Sequence[int]]) -> str:
+    return "".join(str(int(entry)) for v, row in enumerate(matrix) for entry in row[v + 1 :])
+
+
+@functools.lru_cache(maxsize=2**17)
+def _key(cell: Cell) -> str:
+    return _hash(cell.matrix, (-1, *map(OPERATIONS.index, cell.ops[1:-1]), -2))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _function_key(cell: Cell) -> str:
+    labels, rank = [-1], 0
+    for v in range(1, len(cell.ops) - 1):
+        rank += cell.matrix[v][-1]
+        labels.append(OPERATIONS.index(cell.ops[v]) + len(OPERATIONS) * rank * cell.matrix[v][-1])
+    return _hash(cell.matrix, (*labels, -2))
+
+
+def _hash(matrix: tuple[tuple[int, ...], ...], labels: tuple[int, ...]) -> str:
+    """Hexadecimal digest that does not depend on the order of the vertices (hash_module in nasbench's graph_util).
+
+    A vertex starts as the digest of (out-degree, in-degree, label) and takes in its neighbours once per vertex.
+    """
+    vertices = range(len(matrix))
+    columns = list(zip(*matrix, strict=True))
+    sources = [[w for w in vertices if columns[v][w]] for v in vertices]
+    targets = [[w for w in vertices if matrix[v][w]] for v in vertices]
+    digests = [_vertex_digest(len(targets[v]), len(sources[v]), labels[v]) for v in vertices]
+    for _ in vertices:
+        digests = [
+            _md5(
+                "".join(sorted([digests[w] for w in sources[v]]))
+                + "|"
+                + "".join(sorted([digests[w] for w in targets[v]]))
+                + "|"
+                + digests[v]
+            )
+            for v in vertices
+        ]
+    return _md5(str(sorted(digests)))
+
+
+@functools.lru_cache(maxsize=2**12)
+def _vertex_digest(outputs: int, inputs: int, label: int) -> str:
+    return _md5(str((outputs, inputs, label)))
+
+
+def _md5(text: str) -> str:
+    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
