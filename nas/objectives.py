@@ -31,10 +31,15 @@ class Objective:
 
     def __str__(self) -> str:
         if self.bound is not None:
-            return f"{self.name}{'>=' if self.maximize else '<='}{self.bound:g}"
+            return f"{self.name}{'>=' if self.maximize else '<='}{_shortest(self.bound)}"
         return (
             self.name if _direction(self.name) is self.maximize else f"{self.name}:{'max' if self.maximize else 'min'}"
         )
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as the same float: 1000000 rather than 1e+06."""
+    return f"{number:.15g}" if float(f"{number:.15g}") == number else repr(number)
 
 
 def _direction(name: str) -> bool | None:
@@ -67,11 +72,11 @@ def _parse_one(text: str) -> Objective:
             bound = float(number)
         except ValueError:
             bound = math.nan
-        if math.isnan(bound):
-            raise UserError(text, f"a number after {sign}")
+        if not math.isfinite(bound):
+            raise UserError(text, f"a finite number after {sign}")
         return Objective(name.replace("-", "_"), sign == ">=", bound)
     name, colon, direction = text.partition(":")
-    name = name.strip().replace("-", "_")
+    name, direction = name.strip().replace("-", "_"), direction.strip()
     if colon:
         if direction not in ("max", "min"):
             raise UserError(text, f"{name}:max or {name}:min", f"{name}:{nearest(direction, ['max', 'min']) or 'max'}")
@@ -139,7 +144,8 @@ def non_dominated(points: np.ndarray) -> np.ndarray:
 
 def hypervolume(points: np.ndarray, reference: np.ndarray) -> float:
     """The volume that `points` [N, m] dominate up to `reference` [m], less is better; exact, by slicing."""
-    points = np.asarray(points, float)
+    reference = np.asarray(reference, float)
+    points = np.asarray(points, float).reshape(-1, len(reference))
     points = points[(points < reference).all(axis=1)]
     if len(points) == 0:
         return 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -119,8 +120,7 @@ class TupleSpace(SearchSpace[tuple[int, ...]]):
 
     def sample(self, rng: np.random.Generator) -> tuple[int, ...]:
         """Uniform over all tuples."""
-        code = int(rng.integers(len(self)))
-        return self.from_code(code)
+        return self.from_code(int(rng.integers(len(self))))
 
     def mutate(self, arch: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
         """Another value at one position, both uniform."""
@@ -158,7 +158,7 @@ class TupleSpace(SearchSpace[tuple[int, ...]]):
         return np.cumprod((1, *self.sizes[:0:-1]))[::-1].astype(np.int64)
 
     def __len__(self) -> int:
-        return int(np.prod(self.sizes))
+        return math.prod(self.sizes)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         return itertools.product(*(range(size) for size in self.sizes))

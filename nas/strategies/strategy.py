@@ -10,11 +10,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from nas.objectives import Objective, primary_score
-from search_spaces.common.errors import UserError
+from search_spaces.common.errors import UserError, one_of
 from search_spaces.space import SearchSpace
 
 A = TypeVar("A")
 REDRAWS = 100  # duplicates redrawn free of charge before a random unseen architecture is taken
+MOST_ENUMERATED = 1_000_000  # spaces up to this size are enumerated when random draws find nothing new
+REAL = (int, float, np.integer, np.floating)
+BLIND_DRAWS = 100_000  # draws before a space that cannot be enumerated counts as exhausted
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Strategy(abc.ABC, Generic[A]):
     """Base of all strategies: numbering, duplicates, memory of what was told.
 
     A subclass implements `_propose` and may extend `_observe`. It never sees an evaluator. Given the same rng and
-    the same order of asks and tells it repeats itself exactly; that is how runs resume.
+    the same order of asks and tells it repeats itself exactly; that is how runs resume. Unless its docstring says
+    otherwise, a strategy optimises the first objective and keeps the bounds of the others (see `primary_score`).
     """
 
     name: ClassVar[str]
@@ -42,7 +46,8 @@ class Strategy(abc.ABC, Generic[A]):
         self.rng = rng
         self.trials: list[Trial[A]] = []
         self.metrics: dict[int, Mapping[str, float] | None] = {}
-        self._seen: set[str] = set()
+        self._seen: dict[str, int] = {}  # key -> the id of the trial that first asked for it
+        self._rest: list[A] | None = None  # what a nearly exhausted space has left, in random order
 
     def ask(self) -> Trial[A] | None:
         """The next trial; None when a tell must come first. Raises StopIteration when nothing is left."""
@@ -55,11 +60,19 @@ class Strategy(abc.ABC, Generic[A]):
         return trial
 
     def tell(self, id: int, metrics: Mapping[str, float] | None) -> None:
-        """What trial `id` gave; None if it failed. Errors: UserError for an id that was not asked or told twice."""
+        """What trial `id` gave; None if it failed.
+
+        Errors: UserError for an id that was not asked or was told before, or for metrics that lack an objective.
+        """
         if not 0 <= id < len(self.trials):
-            raise UserError(id, f"the id of a trial that was asked (0 to {len(self.trials) - 1})")
+            asked = f"0 to {len(self.trials) - 1}" if self.trials else "none so far"
+            raise UserError(id, f"the id of a trial that was asked ({asked})")
         if id in self.metrics:
             raise UserError(id, "a trial that was not told before")
+        if metrics is not None:
+            for objective in self.objectives:
+                if objective.name not in metrics:
+                    raise UserError(objective.name, f"a metric of the evaluator ({one_of(metrics)})")
         self.metrics[id] = metrics
         self._observe(self.trials[id], metrics)
 
@@ -94,33 +107,45 @@ class Strategy(abc.ABC, Generic[A]):
             arch = self.space.sample(self.rng)
             if self._take(arch):
                 return arch
-        try:
-            count = len(self.space)
-        except UserError:
-            count = None
-        if count is not None and count <= 1_000_000:
-            rest = [arch for arch in self.space if self.space.key(arch) not in self._seen]
-            if rest:
-                arch = rest[int(self.rng.integers(len(rest)))]
-                self._take(arch)
-                return arch
+        if self._rest is None and self._countable():
+            self._rest = [arch for arch in self.space if self.space.key(arch) not in self._seen]
+            self.rng.shuffle(self._rest)  # type: ignore[arg-type]
+        if self._rest is not None:
+            while self._rest:
+                arch = self._rest.pop()
+                if self._take(arch):
+                    return arch
         else:
-            for _ in range(100_000):
+            for _ in range(BLIND_DRAWS):
                 arch = self.space.sample(self.rng)
                 if self._take(arch):
                     return arch
         raise StopIteration
 
+    def _countable(self) -> bool:
+        try:
+            return len(self.space) <= MOST_ENUMERATED
+        except UserError:
+            return False
+
     def _take(self, arch: A) -> bool:
+        """Mark `arch` as asked by the coming trial; False if an equal key was asked before."""
         key = self.space.key(arch)
         if key in self._seen:
             return False
-        self._seen.add(key)
+        self._seen[key] = len(self.trials)
         return True
 
 
-def positive(name: str, value: Any) -> int:
-    """`value` as an int above zero. Errors: UserError naming the setting."""
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise UserError(value, f"a whole number above 0 for {name}")
+def positive(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int of at least `least`. Errors: UserError naming the setting."""
+    if isinstance(value, bool) or not isinstance(value, REAL) or value != value // 1 or value < least:
+        raise UserError(value, f"a whole number of at least {least} for {name}")
     return int(value)
+
+
+def probability(name: str, value: Any) -> float:
+    """`value` as a float from 0 to 1. Errors: UserError naming the setting."""
+    if isinstance(value, bool) or not isinstance(value, REAL) or not 0 <= value <= 1:
+        raise UserError(value, f"a probability from 0 to 1 for {name}")
+    return float(value)
