@@ -14,6 +14,7 @@ import numpy as np
 
 from nas.analysis import expected_best
 from nas.evaluators import TableEvaluator, default_metric
+from nas.executors import checked
 from nas.objectives import Objective, parse_objectives, primary_score, violation
 from nas.strategies import make_strategy, strategy_class, strategy_settings
 from search_spaces.common.errors import UserError
@@ -221,14 +222,16 @@ def _run_all(tasks: Sequence[_Task], workers: int | None):
 def _run_task(task: _Task) -> np.ndarray:
     table = task.evaluator.table
     space = table.space
-    full = (task.evaluator.fidelities() or [None])[-1]
-    known: dict[tuple[Any, int | None], Mapping[str, float]] = {}
+    full = max(task.evaluator.fidelities(), default=None)
+    known: dict[tuple[Any, int | None], Mapping[str, float] | None] = {}
 
-    def look_up(arch: Any, fidelity: int | None) -> Mapping[str, float]:
-        metrics = known.get((arch, fidelity))
-        if metrics is None:
-            metrics = known[arch, fidelity] = task.evaluator.evaluate(arch, fidelity, seed=0)
-        return metrics
+    def look_up(arch: Any, fidelity: int | None) -> Mapping[str, float] | None:
+        if (arch, fidelity) not in known:
+            try:
+                known[arch, fidelity] = checked(task.evaluator.evaluate(arch, fidelity, seed=0))
+            except ValueError:  # a missing measurement is a failed trial, as in a search
+                known[arch, fidelity] = None
+        return known[arch, fidelity]
 
     return np.stack([_one_seed(task, space, look_up, full, int(seed)) for seed in task.seeds])
 
@@ -247,7 +250,7 @@ def _one_seed(task: _Task, space: Any, look_up: Callable, full: int | None, seed
         assert trial is not None  # nothing is ever in flight here
         metrics = look_up(trial.arch, trial.fidelity)
         strategy.tell(trial.id, metrics)
-        if trial.fidelity in (None, full):
+        if metrics is not None and trial.fidelity in (None, full):
             score = primary_score(task.objectives, metrics)
             if score > best and violation(task.objectives, metrics) == 0:
                 best = score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def search(
         "label": evaluator.label if isinstance(evaluator, TableEvaluator) else "val",
         "seed_policy": evaluator.seed_policy if isinstance(evaluator, TableEvaluator) else None,
         "objectives": ",".join(map(str, objectives)),
-        "strategy": strategy if isinstance(strategy, str) else getattr(strategy, "name", repr(strategy)),
+        "strategy": strategy if isinstance(strategy, str) else getattr(strategy, "name", None) or strategy.__name__,
         "strategy_settings": dict(strategy_settings or {}),
         "budget": {k: v for k, v in dataclasses.asdict(budget).items() if v is not None},
         "seed": int(seed),
@@ -185,7 +186,7 @@ def _agree(
 def _name(evaluator: Evaluator) -> str:
     if isinstance(evaluator, TableEvaluator):
         return f"table:{evaluator.benchmark}"
-    return getattr(evaluator, "path", None) or repr(evaluator)
+    return getattr(evaluator, "path", None) or re.sub(r" at 0x[0-9a-f]+", "", repr(evaluator))
 
 
 def _executor(evaluator: Evaluator, workers: int, timeout_seconds: float | None) -> Executor:
@@ -202,12 +203,18 @@ def _open_run(path: Path, settings: Mapping[str, Any]) -> Run:
     if not Run.exists(path):
         return Run.create(path, settings)
     run = Run.open(path)
+    if _grown(run.settings.get("budget", {}), settings["budget"]):
+        run.update_settings(budget=settings["budget"])
     keys = sorted((set(run.settings) | set(settings)) - _FREE)
     changed = [k for k in keys if run.settings.get(k) != _plain(settings.get(k))]
     if changed:
         listed = "; ".join(f"{k} was {run.settings.get(k)!r}, now {settings.get(k)!r}" for k in changed)
         raise UserError(str(path), f"the settings that the run was begun with ({listed}), or another folder")
     return run
+
+
+def _grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+    return set(before) == set(now) and all(now[k] >= before[k] for k in before) and before != now
 
 
 def _plain(value: Any) -> Any:

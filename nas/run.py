@@ -101,6 +101,12 @@ class Run:
             json.dump({"format": FORMAT, **settings}, file, indent=1)
         return cls.open(path)
 
+    def update_settings(self, **changed: Any) -> None:
+        """Replace settings, in the file too (a larger budget, say)."""
+        self.settings |= changed
+        with atomic_write(self.path / "settings.json") as file:
+            json.dump(self.settings, file, indent=1)
+
     # -- writing -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

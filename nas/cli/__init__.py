@@ -1,0 +1,16 @@
+"""The command line `nas`: thin commands over the packages, one file per group."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed while running, 2 wrong usage or bad input."""
+    from nas.cli.app import run
+
+    given = sys.argv[1:] if arguments is None else arguments
+    status = run(given)
+    if arguments is None:
+        sys.exit(status)
+    return status

@@ -1,0 +1,74 @@
+"""nas compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli import options
+from nas.cli.output import Output
+from nas.cli.search import _command_line, environment
+
+
+def compare(
+    benchmark: Annotated[
+        str, typer.Option(help="The table, see `nas bench list`.", autocompletion=options._benchmarks)
+    ],
+    strategies: Annotated[str, typer.Option(help="Names with commas between.")] = (
+        "random-search,local-search,regularized-evolution"
+    ),
+    queries: Annotated[int, typer.Option(help="Evaluations per seed.")] = 150,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on.")] = 200,
+    objectives: options.Objectives = None,
+    label: options.Label = "val",
+    seed: options.Seed = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one per core).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML file with the curves.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves as .svg or .png.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Compare strategies over many seeds on one table."""
+    from nas.comparison import compare as run_compare
+
+    output = Output("compare", json, seed)
+    with output.progress("comparing") as progress:
+        result = run_compare(
+            benchmark,
+            [name.strip() for name in strategies.split(",") if name.strip()],
+            queries=queries,
+            seeds=seeds,
+            seed=seed,
+            objectives=objectives,
+            label=label,
+            workers=workers,
+            progress=progress,
+        )
+    if label == "test":
+        output.warn("compared on test labels (--label test)")
+    at = result.milestones()
+    what = f"{result.metric} on {result.benchmark}: mean of the best found, {seeds} seeds (± standard error)"
+    rows = [
+        [
+            s.name,
+            *(f"{s.mean_best([q])[str(q)]:.3f} ± {s.standard_error([q])[str(q)]:.3f}" for q in at),
+            f"{100 * s.optimum_share():.0f} %",
+            s.median_queries_to_optimum(),
+        ]
+        for s in result.strategies
+    ]
+    rows.append(["exact expectation of random draws", *(f"{result.expectation[q - 1]:.3f}" for q in at), "", ""])
+    rows.append(["optimum of the table", *(f"{result.optimum:.3f}" for _ in at), "", ""])
+    headings = ["strategy", *(f"{q:,} queries" for q in at), "at optimum", "median queries to it"]
+    output.table(headings, rows, title=what)
+    if report is not None or plot is not None:
+        from nas.report import write_comparison_plot, write_comparison_report
+
+        if report is not None:
+            write_comparison_report(result, report, command=_command_line(), environment=environment())
+            output.say(f"report: {report}")
+        if plot is not None:
+            write_comparison_plot(result, plot)
+            output.say(f"plot: {plot}")
+    output.finish(result.as_json())

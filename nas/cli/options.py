@@ -1,0 +1,62 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from search_spaces.common.errors import UserError
+
+
+def _benchmarks(incomplete: str) -> list[str]:
+    from benchmarks.registry import known_ids
+
+    return [id for id in known_ids() if id.startswith(incomplete)]
+
+
+def _strategies(incomplete: str) -> list[str]:
+    from nas.strategies import STRATEGIES
+
+    return [name for name in STRATEGIES if name.startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
+BenchmarkId = Annotated[
+    str, typer.Argument(help="<space>/<data set>, see `nas bench list`.", autocompletion=_benchmarks)
+]
+Benchmark = Annotated[
+    str | None, typer.Option("--benchmark", help="Short for --evaluator table:ID.", autocompletion=_benchmarks)
+]
+Strategy = Annotated[str, typer.Option("--strategy", help="See `nas strategies`.", autocompletion=_strategies)]
+Objectives = Annotated[
+    str | None, typer.Option("--objectives", help="val_acc,latency_ms,params<=1e6; the first is the primary.")
+]
+Label = Annotated[str, typer.Option("--label", help="val; `test` searches on test values, for tables without others.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--setting", help="NAME=VALUE of the strategy, see `nas strategies`; repeatable.")
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+
+def read_settings(given: Sequence[str] | None) -> dict[str, Any]:
+    """`["population=20", "fidelities=12,200"]` -> {"population": 20, "fidelities": (12, 200)}. Errors: UserError."""
+    settings: dict[str, Any] = {}
+    for item in given or ():
+        name, equals, text = item.partition("=")
+        if not equals or not name or not text:
+            raise UserError(item, "a setting as NAME=VALUE")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        settings[name.strip().replace("-", "_")] = value
+    return settings
+
+
+def read_seed_policy(text: str) -> int | str:
+    """`mean`, `random` or a seed's number."""
+    return int(text) if text.isdigit() else text
