@@ -7,53 +7,31 @@ leaves something open, the rule is that of its published code (google-research/n
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from search_spaces.cells.nas_bench_101_cell import (
+    MAX_EDGES,
+    MAX_VERTICES,
+    OPERATIONS,
+    Cell,
+    graph_hash,
+    is_valid,
+    successor_masks,
+    triangle_bits,
+)
 from search_spaces.cells.nas_bench_101_network import Network, network_cost
 from search_spaces.cells.nas_bench_201 import refuse_scale
-from search_spaces.common.errors import UserError, one_of
-from search_spaces.common.names import nearest
+from search_spaces.common.errors import UserError
 from search_spaces.graph import OpGraph
 from search_spaces.space import LayerFactory, SearchSpace
 
-OPERATIONS = ("conv3x3-bn-relu", "conv1x1-bn-relu", "maxpool3x3")  # the order of the published labels 0, 1, 2
-MAX_VERTICES, MAX_EDGES = 7, 9
 INNER = MAX_VERTICES - 2
 EDGE_PLACES = MAX_VERTICES * (MAX_VERTICES - 1) // 2
 TRIES = 100
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell: `matrix[i][j]` = 1 where vertex i feeds vertex j > i; `ops` from `input` to `output`.
-
-    Nested lists and arrays are taken too. Vertices on no path from input to output are dropped.
-    Errors: UserError where nothing is left or more than seven vertices or nine edges are.
-    """
-
-    matrix: tuple[tuple[int, ...], ...]
-    ops: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        successors, ops = _successors(self.matrix), tuple(self.ops)
-        _check_ops(ops, len(successors))
-        kept = _kept_vertices(successors)
-        if not kept:
-            raise UserError(_text(self.matrix), "a cell with a path from input to output")
-        edges = sum((successors[v] >> w) & 1 for v in kept for w in kept)
-        if len(kept) > MAX_VERTICES:
-            raise UserError(len(kept), f"at most {MAX_VERTICES} vertices on paths from input to output")
-        if edges > MAX_EDGES:
-            raise UserError(edges, f"at most {MAX_EDGES} edges on paths from input to output")
-        matrix = tuple(tuple((successors[v] >> w) & 1 for w in kept) for v in kept)
-        object.__setattr__(self, "matrix", matrix)
-        object.__setattr__(self, "ops", tuple(ops[v] for v in kept))
 
 
 class NasBench101(SearchSpace[Cell]):
@@ -74,7 +52,7 @@ class NasBench101(SearchSpace[Cell]):
                 width = MAX_VERTICES - 1 - v
                 shift -= width
                 successors.append(((bits >> shift) & ((1 << width) - 1)) << (v + 1))
-            if _is_valid(successors):
+            if is_valid(successors):
                 ops = []
                 for _ in range(INNER):
                     labels, label = divmod(labels, 3)
@@ -97,7 +75,7 @@ class NasBench101(SearchSpace[Cell]):
             for place in np.flatnonzero(rng.random(INNER) < 1 / INNER):
                 others = [o for o in OPERATIONS if o != ops[place]]
                 ops[place] = others[int(rng.integers(len(others)))]
-            if _is_valid(successors):
+            if is_valid(successors):
                 child = _cell(successors, ops)
                 if child != arch and self.key(child) != self.key(arch):
                     return child
@@ -112,7 +90,7 @@ class NasBench101(SearchSpace[Cell]):
             masks = rng.integers(2**MAX_VERTICES, size=MAX_VERTICES).tolist()
             successors = [(a & m) | (b & ~m) for a, b, m in zip(left, right, masks, strict=True)]
             picks = rng.random(INNER) < 0.5
-            if _is_valid(successors):
+            if is_valid(successors):
                 ops = [a if p else b for a, b, p in zip(left_ops, right_ops, picks, strict=True)]
                 return _cell(successors, ops)
         return self.mutate(first, rng)
@@ -124,7 +102,7 @@ class NasBench101(SearchSpace[Cell]):
         """
         seen = {self.key(arch)}
         for successors, ops in _edits(arch):
-            if _is_valid(successors):
+            if is_valid(successors):
                 cell = _cell(successors, ops)
                 if self.key(cell) not in seen:
                     seen.add(self.key(cell))
@@ -132,7 +110,7 @@ class NasBench101(SearchSpace[Cell]):
 
     def encode(self, arch: Cell) -> str:
         """Rows of the matrix's upper triangle as bits, a colon, the inner operations: `101:conv3x3-bn-relu`."""
-        return f"{_text(arch.matrix)}:{','.join(arch.ops[1:-1])}"
+        return f"{triangle_bits(arch.matrix)}:{','.join(arch.ops[1:-1])}"
 
     def decode(self, text: str) -> Cell:
         """Inverse of `encode`; UserError names the part that does not fit."""
@@ -216,7 +194,7 @@ class NasBench101(SearchSpace[Cell]):
         )
 
     def __len__(self) -> int:
-        """The number of isomorphism classes (section 2.2 of the paper)."""
+        """The number of isomorphism classes (section 2 of the paper)."""
         return 423_624
 
     def __iter__(self) -> Iterator[Cell]:
@@ -225,57 +203,6 @@ class NasBench101(SearchSpace[Cell]):
 
         for matrix, labels in all_matrices_and_labels(MAX_VERTICES, MAX_EDGES, len(OPERATIONS)):
             yield Cell(matrix, ("input", *(OPERATIONS[label] for label in labels), "output"))
-
-
-def _successors(matrix: Sequence[Sequence[int]]) -> list[int]:
-    """Row v as a bit mask of the vertices that v feeds. UserError unless 0/1 and strictly upper triangular."""
-    rows = matrix.tolist() if isinstance(matrix, np.ndarray) else matrix
-    size, successors = len(rows), []
-    for v, row in enumerate(rows):
-        if len(row) != size:
-            raise UserError(len(row), f"a square matrix: {size} entries in row {v}")
-        mask = 0
-        for w, entry in enumerate(row):
-            if entry:
-                if entry != 1 or w <= v:
-                    raise UserError(entry, f"0 at row {v}, column {w}, 0 or 1 above the diagonal (upper triangular)")
-                mask |= 1 << w
-        successors.append(mask)
-    return successors
-
-
-def _check_ops(ops: tuple[str, ...], vertices: int) -> None:
-    if len(ops) != vertices or vertices < 2:
-        raise UserError(
-            ",".join(ops[1:-1]), f"{vertices - 2} operations between input and output for {vertices} vertices"
-        )
-    if ops[0] != "input" or ops[-1] != "output":
-        raise UserError(str(ops), "operations that begin with 'input' and end with 'output'")
-    for op in ops[1:-1]:
-        if op not in OPERATIONS:
-            expected = f"an operation of {NasBench101.name} ({one_of(OPERATIONS)})"
-            raise UserError(op, expected, nearest(str(op), OPERATIONS))
-
-
-def _kept_vertices(successors: Sequence[int]) -> list[int]:
-    """The vertices on paths from the first to the last; [] where there is no such path."""
-    last = len(successors) - 1
-    reached, useful = 1, 1 << last
-    for v in range(last):
-        if (reached >> v) & 1:
-            reached |= successors[v]
-    for v in range(last - 1, -1, -1):
-        if successors[v] & useful:
-            useful |= 1 << v
-    kept = reached & useful
-    return [v for v in range(last + 1) if (kept >> v) & 1] if kept & 1 else []
-
-
-def _is_valid(successors: Sequence[int]) -> bool:
-    """Whether at most nine edges are left on paths from input to output, and at least one."""
-    kept = _kept_vertices(successors)
-    mask = sum(1 << v for v in kept)
-    return bool(kept) and sum((successors[v] & mask).bit_count() for v in kept) <= MAX_EDGES
 
 
 def _cell(successors: Sequence[int], inner_ops: Sequence[str]) -> Cell:
@@ -299,7 +226,7 @@ def _padded(cell: Cell, rng: np.random.Generator) -> tuple[list[int], list[str]]
 
 def _edits(cell: Cell) -> Iterator[tuple[list[int], list[str]]]:
     """(successors, inner operations) of every cell one edit away, valid or not."""
-    successors, ops = _successors(cell.matrix), list(cell.ops[1:-1])
+    successors, ops = successor_masks(cell.matrix), list(cell.ops[1:-1])
     size = len(successors)
     for place, present in enumerate(ops):
         for op in OPERATIONS:
@@ -321,13 +248,9 @@ def _edits(cell: Cell) -> Iterator[tuple[list[int], list[str]]]:
                 yield moved, [*ops[:v], op, *ops[v:]]
 
 
-def _text(matrix: Sequence[Sequence[int]]) -> str:
-    return "".join(str(int(entry)) for v, row in enumerate(matrix) for entry in row[v + 1 :])
-
-
 @functools.lru_cache(maxsize=2**17)
 def _key(cell: Cell) -> str:
-    return _hash(cell.matrix, (-1, *map(OPERATIONS.index, cell.ops[1:-1]), -2))
+    return graph_hash(cell.matrix, (-1, *map(OPERATIONS.index, cell.ops[1:-1]), -2))
 
 
 @functools.lru_cache(maxsize=2**14)
@@ -336,37 +259,4 @@ def _function_key(cell: Cell) -> str:
     for v in range(1, len(cell.ops) - 1):
         rank += cell.matrix[v][-1]
         labels.append(OPERATIONS.index(cell.ops[v]) + len(OPERATIONS) * rank * cell.matrix[v][-1])
-    return _hash(cell.matrix, (*labels, -2))
-
-
-def _hash(matrix: tuple[tuple[int, ...], ...], labels: tuple[int, ...]) -> str:
-    """Hexadecimal digest that does not depend on the order of the vertices (hash_module in nasbench's graph_util).
-
-    A vertex starts as the digest of (out-degree, in-degree, label) and takes in its neighbours once per vertex.
-    """
-    vertices = range(len(matrix))
-    columns = list(zip(*matrix, strict=True))
-    sources = [[w for w in vertices if columns[v][w]] for v in vertices]
-    targets = [[w for w in vertices if matrix[v][w]] for v in vertices]
-    digests = [_vertex_digest(len(targets[v]), len(sources[v]), labels[v]) for v in vertices]
-    for _ in vertices:
-        digests = [
-            _md5(
-                "".join(sorted([digests[w] for w in sources[v]]))
-                + "|"
-                + "".join(sorted([digests[w] for w in targets[v]]))
-                + "|"
-                + digests[v]
-            )
-            for v in vertices
-        ]
-    return _md5(str(sorted(digests)))
-
-
-@functools.lru_cache(maxsize=2**12)
-def _vertex_digest(outputs: int, inputs: int, label: int) -> str:
-    return _md5(str((outputs, inputs, label)))
-
-
-def _md5(text: str) -> str:
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    return graph_hash(cell.matrix, (*labels, -2))

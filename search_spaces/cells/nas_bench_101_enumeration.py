@@ -45,7 +45,8 @@ def _matrices(vertices: int, max_edges: int) -> Iterator[np.ndarray]:
         adjacency = np.zeros((len(bits), vertices, vertices), np.int64)
         for place, (i, j) in enumerate(places):
             adjacency[:, i, j] = bits[:, place]
-        full = adjacency.any(axis=2)[:, :-1].all(axis=1) & adjacency.any(axis=1)[:, 1:].all(axis=1)
+        outputs, inputs = adjacency.sum(axis=2)[:, :-1], adjacency.sum(axis=1)[:, 1:]
+        full = (outputs > 0).all(axis=1) & (inputs > 0).all(axis=1)
         names = (bits[full] @ weights).min(axis=1)
         for name, matrix in zip(names.tolist(), adjacency[full], strict=True):
             found.setdefault(name, matrix)

@@ -22,7 +22,7 @@ def tf_batch_norm(channels: int) -> nn.Module:
 
 
 def vertex_channels(matrix: Matrix, inputs: int, outputs: int) -> list[int]:
-    """Channels of every vertex of a pruned cell (section 2.3; compute_vertex_channels of the published code).
+    """Channels of every vertex of a pruned cell (section 2; compute_vertex_channels of the published code).
 
     Vertices that feed the output share its channels, the first ones take the remainder; the others are as wide as the
     widest vertex they feed. Errors: UserError where a share would be empty.
