@@ -242,7 +242,7 @@ def network_cost(
     stem: str,
     auxiliary: bool,
 ) -> dict[str, int]:
-    """`params`, `macs`, `live_macs`, `depth` and `paths` of `Network`; `cells` (normal, reduction): edge -> operation."""
+    """The counts of `Network`, without making it; `cells` are the edges of the normal and the reduction cell."""
     _check(channels, layers, stem)
     params = macs = 0
 

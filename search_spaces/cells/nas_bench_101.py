@@ -248,7 +248,7 @@ def _edits(cell: Cell) -> Iterator[tuple[list[int], list[str]]]:
                 yield moved, [*ops[:v], op, *ops[v:]]
 
 
-@functools.lru_cache(maxsize=2**17)
+@functools.lru_cache(maxsize=2**15)
 def _key(cell: Cell) -> str:
     return graph_hash(cell.matrix, (-1, *map(OPERATIONS.index, cell.ops[1:-1]), -2))
 
