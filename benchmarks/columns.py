@@ -10,6 +10,7 @@ from search_spaces.common.errors import UserError
 _PATTERN = re.compile(r"(?P<metric>[a-z][a-z0-9_]*?)(?:_(?P<epochs>\d+))?(?:_seed(?P<seed>\d+))?")
 UNITS = {
     "acc": "percent",
+    "rocauc": "percent",
     "ms": "milliseconds",
     "seconds": "seconds",
     "mj": "millijoule",
@@ -35,9 +36,14 @@ class Column:
 
     @property
     def split(self) -> str | None:
-        """`val`, `test`, `train`, or None for what is measured on no split."""
-        prefix = self.metric.partition("_")[0]
-        return prefix if prefix in ("val", "test", "train") else None
+        """`val`, `test`, `train`, or None for what is measured on no split.
+
+        `test` counts wherever it stands in the name: a data set's prefix must not open a way round the guard.
+        """
+        words = self.metric.split("_")
+        if "test" in words:
+            return "test"
+        return words[0] if words[0] in ("val", "train") else None
 
     @property
     def unit(self) -> str | None:
@@ -47,7 +53,7 @@ class Column:
     @property
     def hardware(self) -> bool:
         """Measured on a device: -1 and NaN mean missing."""
-        return self.metric.endswith(("_ms", "_mj")) or self.metric == "latency_ms"
+        return self.metric.endswith(("_ms", "_mj", "_latency", "_energy"))
 
 
 def parse_column(name: str) -> Column:
@@ -56,4 +62,7 @@ def parse_column(name: str) -> Column:
     if found is None:
         raise UserError(name, "a column named <metric>[_<epochs>][_seed<k>] in lower case, such as 'val_acc_200_seed1'")
     epochs, seed = found["epochs"], found["seed"]
-    return Column(found["metric"], int(epochs) if epochs else None, int(seed) if seed else None)
+    column = Column(found["metric"], int(epochs) if epochs else None, int(seed) if seed else None)
+    if column.name != name:  # leading zeros
+        raise UserError(name, "epochs and seeds without leading zeros", column.name)
+    return column

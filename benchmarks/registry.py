@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.table import Table
+from benchmarks.table_file import Progress
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.files import home, locked
 from search_spaces.common.names import canonical, nearest
-
-Progress = Callable[[int, int | None], None]
 
 
 @dataclass(frozen=True)

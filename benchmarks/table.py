@@ -90,6 +90,11 @@ class Table(Generic[A]):
         """The training lengths at which `metric` stands in the table, ascending; empty for costs."""
         return sorted({c.epochs for c in self.columns if c.metric == metric and c.epochs is not None})
 
+    @property
+    def codes(self) -> np.ndarray:
+        """int64 [rows]: the space's integer code of every row, ascending."""
+        return self._codes
+
     # -- rows --------------------------------------------------------------------------------------------------
 
     def rows_of_codes(self, codes: np.ndarray) -> np.ndarray:
