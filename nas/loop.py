@@ -21,6 +21,7 @@ from nas.run import Run, TrialRecord
 from nas.strategies import make_strategy
 from nas.strategies.strategy import Strategy, Trial
 from search_spaces.common.errors import RunError, UserError
+from search_spaces.registry import space_text
 from search_spaces.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def search(
     evaluator, objectives = _agree(evaluator, objectives)
     settings = {
         "kind": "search",
-        "space": space.name,
+        "space": space_text(space),
         "evaluator": _name(evaluator),
         "label": evaluator.label if isinstance(evaluator, TableEvaluator) else "val",
         "seed_policy": evaluator.seed_policy if isinstance(evaluator, TableEvaluator) else None,

@@ -37,3 +37,8 @@ def load_space(name: str) -> SearchSpace:
         return space
     module, _, attribute = SPACES[match(name, SPACES, "a search space")].partition(":")
     return getattr(importlib.import_module(module), attribute)()
+
+
+def space_text(space: SearchSpace) -> str:
+    """What `load_space` takes to give `space` again: its name, or `package.module:Class` for a user's own."""
+    return space.name if space.name in SPACES else f"{type(space).__module__}:{type(space).__qualname__}"

@@ -83,18 +83,18 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     from nas.loop import search as run_search
     from nas.objectives import parse_objectives
     from nas.strategies import strategy_class
-    from search_spaces.registry import load_space
+    from search_spaces.registry import load_space, space_text
 
     name = strategy_class(settings["strategy"]).name
     objectives = parse_objectives(settings["objectives"]) if settings["objectives"] else None
     budget = Budget(**settings["budget"])
     evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], settings["seed_policy"] or "mean")
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
-    if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space_name:
+    if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:
         raise UserError(space.name, f"the space of {evaluator.benchmark}", evaluator.table.space_name)
     evaluator_text = _evaluator_text(evaluator, settings["evaluator"])
     describe = {
-        "space": settings["space"] or space.name,
+        "space": settings["space"] or space_text(space),
         "evaluator": evaluator_text,
         "command": settings.get("command") or _command_line(),
         "version": nas.__version__,
