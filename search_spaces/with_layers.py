@@ -104,7 +104,7 @@ class LayeredSpace(SearchSpace[LayeredArchitecture[A]]):
 
     def decode(self, text: str) -> LayeredArchitecture[A]:
         """Inverse of `encode`. Errors: UserError with the nearest name."""
-        found = re.fullmatch(r"(.*) # norm=(\S+) act=(\S+)", text.strip(), re.DOTALL)
+        found = re.fullmatch(r"([^#]*) # norm=(\S+) act=(\S+)", text.strip())
         if found is None:
             raise UserError(text, f"an architecture of {self.space.name}, then ` # norm=<name> act=<name>`")
         norm, act = match(found[2], self.norms, NORM), match(found[3], self.acts, ACT)

@@ -76,7 +76,7 @@ class Node(nn.Module):
         super().__init__()
         self.raw = raw
         self.norm, self.act, self.dropout = norm(hidden), act(hidden), nn.Dropout(dropout)
-        self.operation = _operation(op, inputs, hidden)
+        self.operation = _operation(op, inputs, hidden, act)
         self.on_edges = op not in ("fc", "skip")
 
     def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,18 @@ def _as_image(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return layer(x.t()[None, :, :, None])[0, :, :, 0].t()
 
 
-def _operation(op: str, inputs: int, outputs: int) -> nn.Module:
+class StackActivation(nn.Module):
+    """An activation inside ARMA's convolution, which calls it with [1, nodes, channels]."""
+
+    def __init__(self, act: nn.Module):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _as_image(self.act, x[0])[None]
+
+
+def _operation(op: str, inputs: int, outputs: int, act: LayerFactory) -> nn.Module:
     if op == "skip":
         return nn.Identity()
     if op == "fc":
@@ -103,5 +114,7 @@ def _operation(op: str, inputs: int, outputs: int) -> nn.Module:
         return pyg.GINConv(nn.Linear(inputs, outputs))
     if op == "cheb":
         return pyg.ChebConv(inputs, outputs, K=2)
-    kinds = {"gcn": pyg.GCNConv, "sage": pyg.SAGEConv, "arma": pyg.ARMAConv, "graph": pyg.GraphConv}
+    if op == "arma":
+        return pyg.ARMAConv(inputs, outputs, act=StackActivation(act(outputs)))
+    kinds = {"gcn": pyg.GCNConv, "sage": pyg.SAGEConv, "graph": pyg.GraphConv}
     return kinds[op](inputs, outputs)
