@@ -61,16 +61,15 @@ def select(module: nn.Module, selection: Mapping[str, int]) -> None:
 
 def selected_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of the present selection, under the names that `space.build(arch)` gives them."""
-    state = module.state_dict()
-    for name, part in module.named_modules():
-        if isinstance(part, Choice):
-            prefix = re.escape(f"{name}." if name else "") + r"candidates\.(\d+)\."
-            chosen: dict[str, torch.Tensor] = {}
-            for key, value in state.items():
-                found = re.match(prefix, key)
-                if found is None:
-                    chosen[key] = value
-                elif int(found[1]) == part.selected:
-                    chosen[(f"{name}." if name else "") + key[found.end() :]] = value
-            state = chosen
+    choices = {f"{name}." if name else "": part for name, part in module.named_modules() if isinstance(part, Choice)}
+    state: dict[str, torch.Tensor] = {}
+    for key, value in module.state_dict().items():
+        plain, chosen = key, True
+        for prefix in sorted(choices, key=len, reverse=True):  # inner choices first, so that outer positions hold
+            found = re.match(re.escape(prefix) + r"candidates\.(\d+)\.", key)
+            if found is not None:
+                chosen &= int(found[1]) == choices[prefix].selected
+                plain = prefix + plain[found.end() :]
+        if chosen:
+            state[plain] = value
     return state

@@ -278,7 +278,7 @@ def _label(edge: int) -> str:
 
 def _expression(arch: Cell, names: dict[int, int]) -> str:
     """The output node as a sum of terms, convolutions named by `names`; `` is zero."""
-    nodes = [("x",)]
+    nodes: list[tuple[str, ...]] = [("x",)]
     for node in (1, 2, 3):
         terms: list[str] = []
         for edge, (i, j) in enumerate(EDGES):
