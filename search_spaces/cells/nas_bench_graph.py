@@ -215,7 +215,7 @@ class NasBenchGraph(SearchSpace[GraphArchitecture]):
 
         `hidden` (256) is a multiple of 4; `pre_layers` (0) and `post_layers` (1) linear maps before and behind the
         cell are 0 or 1. Defaults are the benchmark's for Cora; `build(arch, **DATASETS["arxiv"])` is another data
-        set's network. `dropout` differs by data set in the benchmark and is left to the caller.
+        set's network. `dropout` (.5) is not the benchmark's, which has another for each data set.
         """
         refuse_scale(unknown, self.name, (*DATASETS["cora"], "dropout"))
         given = (in_features, num_classes, hidden, pre_layers, post_layers)
