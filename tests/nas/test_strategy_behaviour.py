@@ -342,6 +342,17 @@ def test_one_objective_makes_an_elitist_search(rugged):
     assert sorted(value[i] for i in strategy.parents) == sorted(value)[-10:]
 
 
+def test_binary_tournament_pressure():
+    """Rank r of n wins a binary tournament with replacement with probability (2 (n - r) + 1) / n^2."""
+    strategy = make("nsga-ii", population=8)
+    run(strategy, lambda t: float(t.id), 8)
+    wins = Counter(winner for _ in range(10_000) for winner in strategy._tournaments())
+    for rank in range(1, 9):
+        expected = (2 * (8 - rank) + 1) / 64
+        spread = (expected * (1 - expected) / 20_000) ** 0.5
+        assert abs(wins[8 - rank] / 20_000 - expected) < 4 * spread
+
+
 def test_generations_overlap_with_workers():
     strategy = make("nsga-ii", population=4, objectives=parse_objectives("a:min,b:min"))
     trials = [strategy.ask() for _ in range(7)]
@@ -352,7 +363,7 @@ def test_generations_overlap_with_workers():
     assert strategy.ask().parent in strategy.parents
 
 
-def test_a_space_without_crossover(importable):
+def test_a_space_without_crossover():
     class Mutants(NasBench201):
         def crossover(self, first, second, rng):
             return super(NasBench201.__mro__[1], self).crossover(first, second, rng)
