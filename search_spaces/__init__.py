@@ -20,7 +20,7 @@ _HOMES = {
     "selected_state_dict": "search_spaces.choice",
     "load_space": "search_spaces.registry",
     "space_names": "search_spaces.registry",
-    "with_layers": "search_spaces.with_layers",
+    "with_layers": "search_spaces.layered",
 }
 __all__ = sorted(_HOMES)
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from search_spaces.graph import OpGraph, live
     from search_spaces.registry import load_space, space_names
     from search_spaces.space import SearchSpace, TupleSpace
-    from search_spaces.with_layers import with_layers
+    from search_spaces.layered import with_layers
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,8 @@ def parse_genotype(text: str) -> Genotype:
     """The genotype that `text` spells, in any order within nodes; nothing is evaluated. Errors: UserError."""
     expected = "Genotype(normal=[...], normal_concat=range(2, 6), reduce=[...], reduce_concat=range(2, 6))"
     try:
+        if "#" in text:  # a comment to the parser, trailing garbage to us
+            raise SyntaxError
         call = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(text, expected) from None

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from search_spaces import OpGraph, SearchSpace, UserError, load_space, space_names
 from search_spaces.choice import find_choices, select, selected_state_dict
-from search_spaces.with_layers import with_layers
+from search_spaces.layered import with_layers
 
 IMAGE, GRAPH = {"in_channels": 2, "num_classes": 7}, {"in_features": 6, "num_classes": 7}
 SMALL: dict[str, dict[str, Any]] = {  # arguments of `build` and `cost` that make small networks
