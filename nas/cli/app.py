@@ -63,6 +63,9 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(str(error))
+            return 0
         if hasattr(error, "format_message"):  # wrong usage, found by the command-line library
             return _fail(2, _usage(error), debug)
         if type(error).__name__ in ("Abort", "Exit"):

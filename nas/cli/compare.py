@@ -48,19 +48,19 @@ def compare(
     if label == "test":
         output.warn("compared on test labels (--label test)")
     at = result.milestones()
-    what = f"{result.metric} on {result.benchmark}: mean of the best found, {seeds} seeds (± standard error)"
+    what = f"{result.objectives} on {result.benchmark}: mean of the best found after so many queries, {seeds} seeds"
     rows = [
         [
             s.name,
             *(f"{s.mean_best([q])[str(q)]:.3f} ± {s.standard_error([q])[str(q)]:.3f}" for q in at),
-            f"{100 * s.optimum_share():.0f} %",
+            f"{100 * s.optimum_share():.1f} %",
             s.median_queries_to_optimum(),
         ]
         for s in result.strategies
     ]
-    rows.append(["exact expectation of random draws", *(f"{result.expectation[q - 1]:.3f}" for q in at), "", ""])
+    rows.append(["random draws, exact", *(f"{result.expectation[q - 1]:.3f}" for q in at), "", ""])
     rows.append(["optimum of the table", *(f"{result.optimum:.3f}" for _ in at), "", ""])
-    headings = ["strategy", *(f"{q:,} queries" for q in at), "at optimum", "median queries to it"]
+    headings = ["strategy", *(f"{q:,}" for q in at), "at optimum", "median queries to it"]
     output.table(headings, rows, title=what)
     if report is not None or plot is not None:
         from nas.report import write_comparison_plot, write_comparison_report

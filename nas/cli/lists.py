@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from nas.cli import options
@@ -21,9 +22,9 @@ def spaces(json: options.Json = False) -> None:
             size: int | None = len(space)
         except (UserError, OverflowError):
             size = None
-        about = (type(space).__doc__ or "").strip().splitlines()[0]
+        about = _first_sentence(type(space).__doc__)
         listed.append({"name": name, "architectures": size, "about": about})
-    output.table(["space", "architectures", "an architecture is"], [[*row.values()] for row in listed])
+    output.table(["space", "architectures", "what it is"], [[*row.values()] for row in listed])
     output.finish({"spaces": listed})
 
 
@@ -35,8 +36,13 @@ def strategies(json: options.Json = False) -> None:
     listed: list[dict[str, Any]] = []
     for name in STRATEGIES:
         settings = strategy_settings(name)
-        about = (strategy_class(name).__doc__ or "").strip().splitlines()[0]
+        about = _first_sentence(strategy_class(name).__doc__)
         listed.append({"name": name, "settings": settings, "about": about})
     rows = [[s["name"], ", ".join(f"{k}={v}" for k, v in s["settings"].items()), s["about"]] for s in listed]
     output.table(["strategy", "settings (--setting NAME=VALUE)", "what it does"], rows)
     output.finish({"strategies": listed})
+
+
+def _first_sentence(text: str | None) -> str:
+    paragraph = " ".join((text or "").strip().split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z0-9)])\. ", paragraph)[0].rstrip(".")

@@ -26,6 +26,8 @@ class Output:
         self.warnings: list[str] = []
         self.begun = time.perf_counter()
         self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:  # a file or a pipe has no width
+            self.console.width = 240
 
     def say(self, text: str = "", style: str | None = None) -> None:
         """A line for a person."""
@@ -37,23 +39,22 @@ class Output:
         Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"warning: {text}", style="yellow"))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-        """Rows under headings; numbers to the right."""
+        """Rows under headings; numbers to the right, the first column and the headings whole."""
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(columns):
-            numeric = all(isinstance(row[i], int | float | None) for row in rows) and bool(rows)
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+            numeric = bool(rows) and all(row[i] is None or isinstance(row[i], int | float) for row in rows)
+            justify: Any = "right" if numeric else "left"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=i == 0)
         for row in rows:
             table.add_row(*(Text(show(value)) for value in row))
         self.console.print(table)
 
-    def pairs(self, pairs: Mapping[str, Any]) -> None:
-        """Name and value, a line each."""
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
+    def pairs(self, pairs: Mapping[str, Any], indent: str = "") -> None:
+        """Name and value, a line each; values are never broken, so that they can be copied."""
+        width = max(map(len, pairs), default=0)
         for name, value in pairs.items():
-            table.add_row(name, Text(show(value)))
-        self.console.print(table)
+            line = Text(indent + name.ljust(width + 2), style="bold")
+            self.console.print(line.append(Text(show(value), style="not bold")))
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Print the JSON object if it was asked for."""

@@ -167,7 +167,8 @@ def _print(result: Any, out: Path, output: Output) -> None:
         if name not in (primary, "cost_seconds"):
             lines[name] = value
     if summary["optimum"] is not None:
-        lines["optimum of the table"] = summary["optimum"]
+        bounded = any(sign in result.settings["objectives"] for sign in "<>")
+        lines["optimum of the table" + (" under the bounds" if bounded else "")] = summary["optimum"]
         lines["regret"] = summary["regret"]
     lines["test"] = summary["best_test"] if summary["best_test"] is not None else "no test values in this table"
     if len(summary["front"] or ()) > 1:
