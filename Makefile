@@ -32,5 +32,13 @@ lint: $(READY)
 speed: $(READY)
 	for script in benchmarks/speed/speed_*.py; do $(BIN)/python -m benchmarks.speed.$$(basename $$script .py) || exit 1; done
 
+# NNI pins an old filelock and setuptools, so its tests have an environment of their own.
+nni:
+	$(PYTHON) -m venv .venv-nni
+	grep -v '^filelock==' constraints.txt | grep -v '^setuptools==' > .venv-nni/constraints.txt
+	.venv-nni/bin/python -m pip install --quiet -c .venv-nni/constraints.txt 'setuptools>=77,<81' wheel
+	.venv-nni/bin/python -m pip install --quiet --no-build-isolation -c .venv-nni/constraints.txt -e '.[nni,dev]'
+	OMP_NUM_THREADS=1 .venv-nni/bin/python -m pytest -m 'slow or not slow' tests/nas/test_interop_nni.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-nni build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -42,7 +42,9 @@ SCALE = ("channels", "layers", "stem_stride", "stem", "auxiliary")
 
 
 class Darts(SearchSpace[Genotype]):
-    """`size` genotypes. `build` and `choices` take `channels` (36), `layers` (20), `stem_stride` (1) and `stem`.
+    """A normal and a reduction cell of four nodes with two inputs each, one of seven operations on each edge.
+
+    `size` (1.08e18) genotypes. `build` and `choices` take `channels` (36), `layers` (20), `stem_stride` (1) and `stem`.
 
     `stem` is "cifar", or "imagenet" for the stem of three strided convolutions (with which `stem_stride` is unused;
     the paper has 48 channels and 14 layers there).

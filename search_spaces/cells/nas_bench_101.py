@@ -35,7 +35,10 @@ TRIES = 100
 
 
 class NasBench101(SearchSpace[Cell]):
-    """423,624 cells up to isomorphism. `build` takes `channels` (128), `cells_per_stage` (3) and `stem_stride` (1)."""
+    """Cells of at most seven vertices and nine edges, one of three operations on each inner vertex.
+
+    423,624 up to isomorphism. `build` takes `channels` (128), `cells_per_stage` (3) and `stem_stride` (1).
+    """
 
     name = "nas-bench-101"
     vocabulary = ("input", "output", *OPERATIONS)

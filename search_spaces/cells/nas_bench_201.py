@@ -28,7 +28,9 @@ Cell = tuple[int, ...]
 
 
 class NasBench201(TupleSpace):
-    """An architecture is six indices into OPERATIONS, in the order of EDGES; 15,625 of them.
+    """Cells of four nodes and six edges, one of five operations on each edge.
+
+    An architecture is six indices into OPERATIONS, in the order of EDGES; 15,625 of them.
 
     `build` and `choices` take `channels` (16), `cells_per_stage` (5) and `stem_stride` (1).
     """

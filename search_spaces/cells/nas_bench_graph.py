@@ -68,7 +68,9 @@ class GraphArchitecture:
 
 
 class NasBenchGraph(SearchSpace[GraphArchitecture]):
-    """Any four links with links[i] <= i and any four operations but `skip` everywhere.
+    """Graph networks of four nodes with one input each, one of nine operations on each node.
+
+    Any four links with links[i] <= i and any four operations but `skip` everywhere.
 
     Architectures are kept as they are written. Their `key`, integer code, graph, costs and network are those of the
     normal form (`normalize`), as in the benchmark: one of nine link patterns, 26,206 architectures, over which
@@ -242,7 +244,10 @@ class NasBenchGraph(SearchSpace[GraphArchitecture]):
 
 
 class NasBenchGraphProteins(NasBenchGraph):
-    """The five operations that fit into memory on ogbn-proteins; 2,021 architectures, with the same integers."""
+    """NAS-Bench-Graph with the five operations that fit into memory on ogbn-proteins.
+
+    2,021 architectures, with the same integers.
+    """
 
     name = "nas-bench-graph-proteins"
     operations = ("gcn", "sage", "arma", "fc", "skip")

@@ -29,7 +29,9 @@ Layers = tuple[int, ...]
 
 
 class NasBenchMacro(TupleSpace):
-    """An architecture is eight indices into OPERATIONS, one per layer; 6,561 of them.
+    """Networks of eight layers, each an identity or one of two inverted bottlenecks.
+
+    An architecture is eight indices into OPERATIONS, one per layer; 6,561 of them.
 
     `build` and `choices` take `channels` (32, of the stem) and `stem_stride` (1).
     """

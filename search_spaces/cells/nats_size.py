@@ -27,7 +27,9 @@ Widths = tuple[int, ...]
 
 
 class NatsSize(TupleSpace):
-    """An architecture is five channel counts out of 8, 16, ..., 64; 32,768 of them.
+    """Channel counts of five stages around one fixed cell.
+
+    An architecture is five counts out of 8, 16, ..., 64; 32,768 of them.
 
     The first count is the width of stem and first cell, the others those of reduction, cell, reduction and cell.
     The cell is |nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|
