@@ -79,7 +79,8 @@ class StreamingUnpickler(_PurePython):
         self._memoised = 0  # entries ever made: MEMOIZE counts them, whether forgotten or not
         self._recent: list[int] = []
         self._generations: list[list[int]] = []
-        self._used: set[int] = set()
+        self._boundary = 0  # above it: entries of the record being read
+        self._used: set[int] = set()  # entries that a later record refers to, such as attribute names
 
     def load(self) -> Any:
         """The object, with its reduced parts. Errors: UnpicklingError, EOFError and what broken data raise."""
@@ -123,22 +124,26 @@ class StreamingUnpickler(_PurePython):
     def _recall(self, index: int) -> None:
         if index not in self.memo:
             raise pickle.UnpicklingError("it refers to a value that is not there (or to one of a record long past)")
-        self._used.add(index)
+        if index < self._boundary:
+            self._used.add(index)
         self.append(self.memo[index])
 
     def _completed(self) -> None:
         content = self.stack[-1]
         if isinstance(content, dict) and self._reduce(content):
             self._generations.append(self._recent)
+            self._boundary = max(self._recent, default=self._boundary) + 1
             self._recent = []
             if len(self._generations) > _LAG:
-                for index in self._generations.pop(0):
-                    value = self.memo.get(index)
-                    if not (isinstance(value, str) and _is_arch(value)) and not (
-                        index in self._used and _is_small(value)
-                    ):
-                        self.memo.pop(index, None)
-                        self._used.discard(index)
+                self._forget(self._generations.pop(0))
+
+    def _forget(self, indices: list[int]) -> None:
+        """Drop entries, but for architectures' names and what is small and has been shared between records."""
+        for index in indices:
+            value = self.memo.pop(index, None)
+            if (index in self._used and _is_small(value)) or (isinstance(value, str) and _is_arch(value)):
+                self.memo[index] = value
+            self._used.discard(index)
 
     # -- opcodes -----------------------------------------------------------------------------------------------
 
@@ -205,6 +210,11 @@ class StreamingUnpickler(_PurePython):
 
     dispatch[pickle.LONG_BINGET[0]] = load_long_binget
 
+    def load_bytearray8(self) -> None:
+        self.append(bytearray(self.read(struct.unpack("<Q", self.read(8))[0])))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def load_build(self) -> None:
         """Only numpy values have a state worth setting; a file does not get to set attributes of anything else."""
         if isinstance(self.stack[-2], (np.dtype, np.ndarray)):
@@ -219,8 +229,7 @@ class StreamingUnpickler(_PurePython):
 
     for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4):
         dispatch[_code[0]] = _refused
-    for _code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER):
-        dispatch[_code[0]] = _refused
+    dispatch[pickle.NEXT_BUFFER[0]] = dispatch[pickle.READONLY_BUFFER[0]] = _refused
 
 
 class _Storage:
