@@ -232,10 +232,12 @@ class Table(Generic[A]):
         whole = Column(column.metric, column.epochs)
         if whole.name in self._arrays:
             return self._read(whole)
-        stacked = self._stacked(column)
-        present = ~np.isnan(stacked)
-        count = present.sum(axis=0)
-        total = np.where(present, stacked, 0.0).sum(axis=0, dtype=np.float64)
+        total, count = np.zeros(len(self)), np.zeros(len(self), np.int64)
+        for seed in self._seeds(column):
+            values = self._read(Column(column.metric, column.epochs, seed))
+            present = ~np.isnan(values)
+            np.add(total, values, out=total, where=present)
+            count += present
         return np.divide(total, count, out=np.full(len(self), np.nan), where=count > 0)
 
     def _one_seed(self, column: Column, seed: SeedPolicy) -> np.ndarray:

@@ -181,7 +181,7 @@ def test_random_split(rng):
 
 def test_importing_tables_imports_no_torch():
     code = (
-        "import sys, benchmarks; assert 'numpy' not in sys.modules; from benchmarks import Table, open_table, add_table; "
+        "import sys, benchmarks; assert 'numpy' not in sys.modules; from benchmarks import Table, add_table; "
         "heavy = {'torch', 'pyarrow', 'scipy', 'networkx'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
