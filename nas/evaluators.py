@@ -209,7 +209,7 @@ def make_evaluator(
     if kind == "table" and rest:
         metrics = tuple(dict.fromkeys(o.name for o in objectives or ()))
         return TableEvaluator(rest, metrics, label, seed_policy)
-    if colon and "." in kind and rest:
+    if colon and rest.replace(".", "_").isidentifier():
         _load(text)
         return ObjectEvaluator(text)
     raise UserError(text, "an evaluator: table:<benchmark id> or package.module:object", _similar(text))

@@ -13,7 +13,7 @@ from search_spaces.common.errors import UserError
 from search_spaces.common.names import nearest
 
 # Directions of known names, by their ending; everything else is written `name:max` or `name:min`.
-MAXIMIZED_ENDINGS = ("_acc",)
+MAXIMIZED_ENDINGS = ("_acc", "_rocauc")
 MINIMIZED_ENDINGS = ("_ms", "_seconds", "_bytes", "_mj", "_loss", "_error", "params", "macs")
 _EPOCHS_AND_SEED = re.compile(r"(_\d+)?(_seed\d+)?$")
 

@@ -13,6 +13,7 @@ from nas.cli import bench, compare, doctor, lists, runs, search
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
+INTERRUPTED = 130  # what the command-line library returns after Ctrl-C, and shells expect
 app = typer.Typer(
     name="nas",
     help="Neural architecture search: spaces, tables of measured architectures, strategies, runs, reports.",
@@ -53,13 +54,15 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         result = app([a for a in arguments if a != "--debug"], standalone_mode=False)
+        if result == INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except UserError as error:
         return _fail(2, str(error), debug)
     except RunError as error:
         return _fail(1, str(error), debug)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; a run goes on with `nas resume RUN` or the same command", debug)
+        return _fail(INTERRUPTED, "interrupted; a run goes on with `nas resume RUN` or the same command", debug)
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -67,9 +70,7 @@ def run(arguments: list[str]) -> int:
             print(str(error))
             return 0
         if hasattr(error, "format_message"):  # wrong usage, found by the command-line library
-            return _fail(2, _usage(error), debug)
-        if type(error).__name__ in ("Abort", "Exit"):
-            return getattr(error, "exit_code", 1)
+            return _fail(2, _usage(error, arguments), debug)
         return _fail(1, f"{type(error).__name__}: {error} (a fault of nasforge; --debug shows where)", debug)
 
 
@@ -80,8 +81,11 @@ def _fail(status: int, message: str, debug: bool) -> int:
     return status
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: Exception, arguments: list[str]) -> str:
     message = error.format_message()  # type: ignore[attr-defined]
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        if option in arguments[:-1]:  # the library does not say which value it could not read
+            message = f"{option} {arguments[arguments.index(option) + 1]}: {message}"
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "nas"
     if "No such command" in message and context is not None:

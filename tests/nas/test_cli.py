@@ -150,7 +150,7 @@ BAD = {
     "direction": (["search", "--benchmark", "nas-bench-201/cifar10", "--objectives", "quality"], "quality:max"),
     "bound": (
         ["search", "--benchmark", "nas-bench-201/cifar10", "--objectives", "val_acc,params<=few"],
-        "a number after <=",
+        "number after <=",
     ),
     "space": (
         ["search", "--space", "nasbench201", "--evaluator", "small_space:score", "--objectives", "val_acc"],

@@ -13,8 +13,8 @@ from search_spaces import UserError, live, select
 from search_spaces.cells.nas_bench_201 import NasBench201
 from search_spaces.cells.nas_bench_graph import NasBenchGraph
 from search_spaces.choice import find_choices
-from search_spaces.primitives.registry import ACTIVATIONS, NORMS, act_factory, norm_factory
 from search_spaces.layered import LayeredArchitecture, with_layers
+from search_spaces.primitives.registry import ACTIVATIONS, NORMS, act_factory, norm_factory
 
 INNER = NasBench201()
 SPACE = with_layers(INNER, norms=["batch-norm", "group-norm", "identity"], acts=["relu", "silu"])
