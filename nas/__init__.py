@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "search": "nas.loop",
-    "SearchResult": "nas.loop",
+    "SearchResult": "nas.result",
+    "Budget": "nas.budget",
     "compare": "nas.comparison",
     "Objective": "nas.objectives",
     "parse_objectives": "nas.objectives",
@@ -24,10 +25,12 @@ _HOMES = {
 __all__ = sorted([*_HOMES, "__version__"])
 
 if TYPE_CHECKING:
+    from nas.budget import Budget
     from nas.comparison import compare
     from nas.evaluators import Evaluator, TableEvaluator
-    from nas.loop import SearchResult, search
+    from nas.loop import search
     from nas.objectives import Objective, parse_objectives
+    from nas.result import SearchResult
     from nas.run import Run
     from nas.strategies import make_strategy
     from nas.strategies.strategy import Strategy, Trial

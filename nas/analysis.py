@@ -196,11 +196,12 @@ def table_values(
 
 def table_front(objectives: Sequence[Objective], values: Mapping[str, np.ndarray]) -> np.ndarray:
     """int64 [F]: the rows on the exact Pareto front of the optimised objectives under the bounds, one per point."""
-    rows = np.flatnonzero(_feasible_rows(objectives, values))
+    rows = np.flatnonzero(feasible_rows(objectives, values))
     return rows[non_dominated(_row_losses(objectives, values, rows))]
 
 
-def _feasible_rows(objectives: Sequence[Objective], values: Mapping[str, np.ndarray]) -> np.ndarray:
+def feasible_rows(objectives: Sequence[Objective], values: Mapping[str, np.ndarray]) -> np.ndarray:
+    """bool [rows]: everything measured and every bound kept."""
     feasible = np.ones(len(values[objectives[0].name]), bool)
     for o in objectives:
         feasible &= np.isfinite(values[o.name])
@@ -216,7 +217,7 @@ def _row_losses(objectives: Sequence[Objective], values: Mapping[str, np.ndarray
 def _against(table: Table, summary: Summary, epochs: int | None) -> Summary:
     objectives, primary = summary.objectives, summary.objectives[0]
     values = table_values(table, objectives, summary.label, epochs)
-    feasible = _feasible_rows(objectives, values)
+    feasible = feasible_rows(objectives, values)
     qualities = values[primary.name][feasible] * (1 if primary.maximize else -1)
     optimum = (float(qualities.max()) if primary.maximize else float(-qualities.max())) if len(qualities) else None
     value = rank = None

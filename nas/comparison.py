@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.analysis import expected_best
+from nas.analysis import expected_best, feasible_rows, table_values
 from nas.evaluators import TableEvaluator, default_metric
 from nas.executors import checked
 from nas.objectives import Objective, parse_objectives, primary_score, violation
@@ -181,19 +181,8 @@ def fill_settings(strategy: str, given: Mapping[str, Any], evaluator: object) ->
 
 def _table_values(evaluator: TableEvaluator, objectives: Sequence[Objective]) -> tuple[np.ndarray, float]:
     """The primary metric of every row that keeps the bounds, and its best value."""
-    table = evaluator.table
-    columns = {}
-    for name in evaluator.metrics:
-        if name.startswith("test_") and evaluator.label == "test":
-            columns[name] = table.test_values(None, name, purpose="optimum of a comparison on test labels")
-        else:
-            columns[name] = table.column(name)
-    primary = columns[objectives[0].name]
-    feasible = np.ones(len(table), bool)
-    for o in objectives:
-        if o.bound is not None:
-            feasible &= columns[o.name] >= o.bound if o.maximize else columns[o.name] <= o.bound
-    values = primary[feasible & np.isfinite(primary)]
+    columns = table_values(evaluator.table, objectives, evaluator.label)
+    values = columns[objectives[0].name][feasible_rows(objectives, columns)]
     if len(values) == 0:
         raise UserError(",".join(map(str, objectives)), "bounds that some architecture of the table keeps")
     return values, float(values.max() if objectives[0].maximize else values.min())

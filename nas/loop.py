@@ -7,16 +7,16 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from nas.budget import Budget
 from nas.evaluators import Evaluator, TableEvaluator, as_evaluator, default_metric
 from nas.executors import Executor, Job, Outcome, ProcessExecutor, SerialExecutor
-from nas.objectives import Objective, parse_objectives, primary_score
+from nas.objectives import Objective, parse_objectives
+from nas.result import SearchResult
 from nas.run import Run, TrialRecord
 from nas.strategies import make_strategy
 from nas.strategies.strategy import Strategy, Trial
@@ -24,78 +24,7 @@ from search_spaces.common.errors import RunError, UserError
 from search_spaces.registry import space_text
 from search_spaces.space import SearchSpace
 
-if TYPE_CHECKING:
-    from nas.analysis import Summary
-
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a search ends: after `queries` evaluations, `simulated_seconds` of the trials' `cost_seconds`, or
-    `wall_seconds`; the first that is reached. Errors: UserError for a number that is not above zero, or none at all.
-    """
-
-    queries: int | None = None
-    simulated_seconds: float | None = None
-    wall_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, value in given.items():
-            if value is not None and not value > 0:
-                raise UserError(value, f"a number above 0 for {name.replace('_', ' ')}")
-        if self.queries is not None and self.queries != int(self.queries):
-            raise UserError(self.queries, "a whole number of queries")
-        if all(value is None for value in given.values()):
-            raise UserError("budget", "queries, simulated seconds or wall seconds")
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search left: its settings and its trials. `space` decodes their architectures."""
-
-    settings: Mapping[str, Any]
-    records: Sequence[TrialRecord]
-    space: SearchSpace
-    run: Run | None = None
-    evaluator: Evaluator | None = None
-
-    @cached_property
-    def best(self) -> TrialRecord:
-        """The trial with the best primary objective among the feasible ones of the highest fidelity.
-
-        Errors: UserError if no trial succeeded.
-        """
-        objectives = parse_objectives(self.settings["objectives"])
-        done = [r for r in self.records if r.status == "done"]
-        if not done:
-            errors = [r.error for r in self.records if r.error]
-            raise UserError(
-                "best", f"a trial that succeeded; all {len(self.records)} failed, the last with: {errors[-1:]}"
-            )
-        top = max(_fidelity(r) for r in done)
-        return max((r for r in done if _fidelity(r) == top), key=lambda r: primary_score(objectives, r.metrics))
-
-    @property
-    def best_arch(self) -> Any:
-        """The architecture of `best`."""
-        return self.space.decode(self.best.arch)
-
-    def build(self, **network: Any) -> Any:
-        """The best architecture as a plain PyTorch module; `network` goes to `space.build`."""
-        return self.space.build(self.best_arch, **network)
-
-    def summary(self) -> Summary:
-        """Best, regret and front, against the whole table where the evaluator is one."""
-        from nas.analysis import summarise
-
-        table = self.evaluator.table if isinstance(self.evaluator, TableEvaluator) else None
-        return summarise(self.settings, self.records, table)
-
-
-def _fidelity(record: TrialRecord) -> float:
-    return float("inf") if record.fidelity is None else record.fidelity
 
 
 def search(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nas.evaluators import make_evaluator
-from nas.loop import SearchResult
 from nas.objectives import parse_objectives
+from nas.result import SearchResult
 from nas.run import Run, TrialRecord
 from search_spaces.common.errors import UserError
 from search_spaces.registry import load_space

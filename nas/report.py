@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from benchmarks.table import Table
     from nas.comparison import Comparison
-    from nas.loop import SearchResult
+    from nas.result import SearchResult
     from nas.run import TrialRecord
 
 COSTED = 5000  # trials whose parameters are counted for a plot when no metric tells them

@@ -77,9 +77,9 @@ def resume(
 
 
 def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> None:
+    from nas.budget import Budget
     from nas.comparison import fill_settings
     from nas.evaluators import TableEvaluator, make_evaluator, space_of
-    from nas.loop import Budget
     from nas.loop import search as run_search
     from nas.objectives import parse_objectives
     from nas.strategies import strategy_class

@@ -9,8 +9,9 @@ import pytest
 import small_space
 from small_space import Digits, Faulty, Unpicklable
 
+from nas.budget import Budget
 from nas.executors import ProcessExecutor, checked
-from nas.loop import Budget, search, trial_seed
+from nas.loop import search, trial_seed
 from search_spaces.common.errors import UserError
 
 

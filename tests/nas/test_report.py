@@ -10,7 +10,6 @@ import pytest
 from benchmarks.table import Table
 from benchmarks.table_file import TableData, write_table
 from nas.evaluators import TableEvaluator
-from nas.loop import SearchResult
 from nas.report import (
     comparison_report,
     run_report,
@@ -19,6 +18,7 @@ from nas.report import (
     write_report,
     write_run_plot,
 )
+from nas.result import SearchResult
 from nas.run import TrialRecord
 from search_spaces.cells.nas_bench_201 import NasBench201
 from search_spaces.common.errors import RunError, UserError
