@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from search_spaces.choice import Choice, select, selected_state_dict
     from search_spaces.common.errors import UserError
     from search_spaces.graph import OpGraph, live
+    from search_spaces.layered import with_layers
     from search_spaces.registry import load_space, space_names
     from search_spaces.space import SearchSpace, TupleSpace
-    from search_spaces.layered import with_layers
 
 
 def __getattr__(name: str) -> Any:
