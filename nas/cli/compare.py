@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nas.cli import options
+from nas.cli.context import command_line, environment
 from nas.cli.output import Output
-from nas.cli.search import _command_line, environment
+
+if TYPE_CHECKING:
+    from nas.comparison import StrategyCurves
 
 
 def compare(
@@ -31,6 +35,7 @@ def compare(
 ) -> None:
     """Compare strategies over many seeds on one table."""
     from nas.comparison import compare as run_compare
+    from nas.strategies import strategy_settings
 
     output = Output("compare", json, seed)
     with output.progress("comparing") as progress:
@@ -47,12 +52,15 @@ def compare(
         )
     if label == "test":
         output.warn("compared on test labels (--label test)")
+    partial = [s.name for s in result.strategies if "fidelities" in strategy_settings(s.name)]
+    if partial:
+        output.warn(f"a query of {' or '.join(partial)} may be a short training: equal queries are not equal costs")
     at = result.milestones()
     what = f"{result.objectives} on {result.benchmark}: mean of the best found after so many queries, {seeds} seeds"
     rows = [
         [
             s.name,
-            *(f"{s.mean_best([q])[str(q)]:.3f} ± {s.standard_error([q])[str(q)]:.3f}" for q in at),
+            *(_mean_and_error(s, q) for q in at),
             f"{100 * s.optimum_share():.1f} %",
             s.median_queries_to_optimum(),
         ]
@@ -66,9 +74,16 @@ def compare(
         from nas.report import write_comparison_plot, write_comparison_report
 
         if report is not None:
-            write_comparison_report(result, report, command=_command_line(), environment=environment())
+            write_comparison_report(result, report, command=command_line(), environment=environment())
             output.say(f"report: {report}")
         if plot is not None:
             write_comparison_plot(result, plot)
             output.say(f"plot: {plot}")
     output.finish(result.as_json())
+
+
+def _mean_and_error(curves: StrategyCurves, queries: int) -> str:
+    mean, error = curves.mean_best([queries])[str(queries)], curves.standard_error([queries])[str(queries)]
+    if math.isnan(mean):
+        return "-"  # some seeds have not trained anything to the end by then
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +10,7 @@ import typer
 
 import nas
 from nas.cli import options
+from nas.cli.context import command_line, environment
 from nas.cli.output import Output
 from search_spaces.common.errors import UserError
 
@@ -96,7 +93,7 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     describe = {
         "space": settings["space"] or space_text(space),
         "evaluator": evaluator_text,
-        "command": settings.get("command") or _command_line(),
+        "command": settings.get("command") or command_line(),
         "version": nas.__version__,
         "environment": settings.get("environment") or environment(),
     }
@@ -131,24 +128,9 @@ def _default_folder(name: str, settings: Mapping[str, Any]) -> Path:
     number = 1
     while True:
         path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not path.exists() or (Run.exists(path) and Run.open(path).settings.get("command") == _command_line()):
+        if not path.exists() or (Run.exists(path) and Run.open(path).settings.get("command") == command_line()):
             return path
         number += 1
-
-
-def _command_line() -> str:
-    return shlex.join(["nas", *sys.argv[1:]])
-
-
-def environment() -> dict[str, str]:
-    """What a run notes of the machine: Python, platform, versions."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "nasforge": nas.__version__}
-    for package in ("torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _print(result: Any, out: Path, output: Output) -> None:
@@ -170,7 +152,8 @@ def _print(result: Any, out: Path, output: Output) -> None:
         bounded = any(sign in result.settings["objectives"] for sign in "<>")
         lines["optimum of the table" + (" under the bounds" if bounded else "")] = summary["optimum"]
         lines["regret"] = summary["regret"]
-    lines["test"] = summary["best_test"] if summary["best_test"] is not None else "no test values in this table"
+    if result.settings["label"] != "test":
+        lines["test"] = summary["best_test"] if summary["best_test"] is not None else "no test values in this table"
     if len(summary["front"] or ()) > 1:
         lines["front"] = f"{len(summary['front'])} architectures"
         lines["hypervolume regret"] = summary["hypervolume_regret"]

@@ -1,0 +1,26 @@
+"""What runs and reports note of where they were made."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import nas
+
+
+def command_line() -> str:
+    """The command as it was typed, without the options that only change what is printed."""
+    return shlex.join(["nas", *(a for a in sys.argv[1:] if a not in ("--json", "--debug"))])
+
+
+def environment() -> dict[str, str]:
+    """What a run notes of the machine: Python, platform, versions."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "nasforge": nas.__version__}
+    for package in ("torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
