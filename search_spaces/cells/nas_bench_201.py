@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from search_spaces.cells.operations import ActConvNorm, Zero, batch_norm, relu
+from search_spaces.cells.operations import ActConvNorm, CellNetwork, Zero, batch_norm, relu
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
@@ -229,38 +229,20 @@ class ResidualReduction(nn.Module):
         return self.project(self.pool(x)) + self.conv_b(self.conv_a(x))
 
 
-class Network(nn.Module):
+class Network(CellNetwork):
     """Stem, cells and reductions in order, head. `edge(index, channels)` makes the module of one edge of a cell."""
 
     def __init__(self, edge, in_channels, num_classes, norm, act, channels, cells_per_stage, stem_stride):
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, stem_stride, padding=1, bias=False), norm(channels)
-        )
         cells: list[nn.Module] = []
+        stem = nn.Conv2d(in_channels, channels, 3, stem_stride, padding=1, bias=False)
+        first = norm(channels)
         for stage in range(3):
             width = channels * 2**stage
             if stage:
                 cells.append(ResidualReduction(width // 2, width, norm, act))
             cells += [CellModule([edge(i, width) for i in range(len(EDGES))]) for _ in range(cells_per_stage)]
-        self.cells = nn.ModuleList(cells)
-        self.last = nn.Sequential(norm(4 * channels), act(4 * channels))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(4 * channels, num_classes)
-
-    def stages(self) -> list[str]:
-        """The names of the cell modules (reductions included), in order."""
-        return [f"cells.{i}" for i in range(len(self.cells))]
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled features [N, 4 * channels] before the classifier."""
-        x = self.stem(x)
-        for cell in self.cells:
-            x = cell(x)
-        return self.pool(self.last(x)).flatten(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.forward_features(x))
+        last = nn.Sequential(norm(4 * channels), act(4 * channels))
+        super().__init__(nn.Sequential(stem, first), cells, last, 4 * channels, num_classes)
 
 
 def _operation(operation: int, channels: int, norm: LayerFactory, act: LayerFactory) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from search_spaces.cells.nas_bench_201 import refuse_scale
-from search_spaces.cells.operations import batch_norm, relu
+from search_spaces.cells.operations import CellNetwork, batch_norm, relu
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
 from search_spaces.graph import OpGraph
@@ -178,7 +178,7 @@ class InvertedBottleneck(nn.Module):
         return x + y if self.residual else y
 
 
-class MacroNetwork(nn.Module):
+class MacroNetwork(CellNetwork):
     """Stem, layers, head. `layer(index, inputs, outputs, stride)` makes the module of one layer."""
 
     def __init__(
@@ -191,8 +191,7 @@ class MacroNetwork(nn.Module):
         channels: int,
         stem_stride: int,
     ):
-        super().__init__()
-        self.stem = nn.Sequential(
+        stem = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, stem_stride, padding=1, bias=False), norm(channels), act(channels)
         )
         layers: list[nn.Module] = []
@@ -200,26 +199,8 @@ class MacroNetwork(nn.Module):
             layers.append(layer(len(layers), channels, 2 * channels, 2))
             channels *= 2
             layers += [layer(len(layers) + i, channels, channels, 1) for i in range(count - 1)]
-        self.layers = nn.ModuleList(layers)
-        self.last = nn.Sequential(
-            nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), norm(HEAD_CHANNELS), act(HEAD_CHANNELS)
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(HEAD_CHANNELS, num_classes)
-
-    def stages(self) -> list[str]:
-        """The names of the layer modules, in order."""
-        return [f"layers.{i}" for i in range(len(self.layers))]
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled features [N, 1280] before the classifier."""
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.pool(self.last(x)).flatten(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.forward_features(x))
+        last = nn.Sequential(nn.Conv2d(channels, HEAD_CHANNELS, 1, bias=False), norm(HEAD_CHANNELS), act(HEAD_CHANNELS))
+        super().__init__(stem, layers, last, HEAD_CHANNELS, num_classes)
 
 
 def _operation(

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from search_spaces.cells.nas_bench_201 import EDGES, CellModule, ResidualReduction, refuse_scale
-from search_spaces.cells.operations import ActConvNorm, batch_norm, relu
+from search_spaces.cells.operations import ActConvNorm, CellNetwork, batch_norm, relu
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.graph import OpGraph
 from search_spaces.space import LayerFactory, TupleSpace
@@ -123,7 +122,7 @@ class NatsSize(TupleSpace):
         return SizeNetwork(arch, in_channels, num_classes, norm or batch_norm, act or relu, stem_stride)
 
 
-class SizeNetwork(nn.Module):
+class SizeNetwork(CellNetwork):
     """Stem, cell, reduction, cell, reduction, cell, head."""
 
     def __init__(
@@ -135,31 +134,13 @@ class SizeNetwork(nn.Module):
         act: LayerFactory,
         stem_stride: int,
     ):
-        super().__init__()
         first, last = widths[0], widths[-1]
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, first, 3, stem_stride, padding=1, bias=False), norm(first))
-        sources = (first, *widths)
-        self.cells = nn.ModuleList(
+        stem = nn.Sequential(nn.Conv2d(in_channels, first, 3, stem_stride, padding=1, bias=False), norm(first))
+        cells = [
             ResidualReduction(inputs, width, norm, act) if reduction else _cell(inputs, width, norm, act)
-            for inputs, width, reduction in zip(sources, widths, REDUCTIONS, strict=False)
-        )
-        self.last = nn.Sequential(norm(last), act(last))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(last, num_classes)
-
-    def stages(self) -> list[str]:
-        """The names of the cell modules (reductions included), in order."""
-        return [f"cells.{i}" for i in range(len(self.cells))]
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The pooled features [N, last width] before the classifier."""
-        x = self.stem(x)
-        for cell in self.cells:
-            x = cell(x)
-        return self.pool(self.last(x)).flatten(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.forward_features(x))
+            for inputs, width, reduction in zip((first, *widths), widths, REDUCTIONS, strict=False)
+        ]
+        super().__init__(stem, cells, nn.Sequential(norm(last), act(last)), last, num_classes)
 
 
 def _cell(inputs: int, outputs: int, norm: LayerFactory, act: LayerFactory) -> CellModule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -40,3 +42,29 @@ class Zero(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x[:, :, :: self.stride, :: self.stride])
+
+
+class CellNetwork(nn.Module):
+    """Stem, cells one after another, a last block of `width` channels, global average pooling, linear classifier."""
+
+    def __init__(self, stem: nn.Module, cells: Iterable[nn.Module], last: nn.Module, width: int, num_classes: int):
+        super().__init__()
+        self.stem = stem
+        self.cells = nn.ModuleList(cells)
+        self.last = last
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def stages(self) -> list[str]:
+        """The names of the cell modules (reductions included), in order."""
+        return [f"cells.{i}" for i in range(len(self.cells))]
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The pooled features [N, width] before the classifier."""
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x)
+        return self.pool(self.last(x)).flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.forward_features(x))

@@ -53,6 +53,6 @@ def test_identities_may_move_within_a_stage_without_changing_the_function():
 
 def test_a_block_is_residual_only_where_its_shape_stays():
     network = SPACE.build((1,) * 8, channels=4)
-    assert all(isinstance(layer, InvertedBottleneck) for layer in network.layers)
-    assert [layer.residual for layer in network.layers] == [False, True, False, True, True, False, True, True]
+    assert all(isinstance(layer, InvertedBottleneck) for layer in network.cells)
+    assert [layer.residual for layer in network.cells] == [False, True, False, True, True, False, True, True]
     assert SPACE.cost((1,) * 8)["paths"] == 2**5
