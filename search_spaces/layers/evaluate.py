@@ -72,13 +72,15 @@ def evaluate(
 
 
 def check_layout(x: Tensor, layout: str) -> None:
-    """UserError unless `x` has the rank that `layout` needs."""
+    """UserError unless `x` has the rank that `layout` needs, and a channel."""
     if layout not in LAYOUTS:
         raise UserError(layout, f"a layout: {' or '.join(LAYOUTS)}")
     if layout == "tokens" and x.ndim != 3:
         raise UserError(str(tuple(x.shape)), "tokens of shape [B, N, C]")
     if layout == "channels-first" and x.ndim < 2:
         raise UserError(str(tuple(x.shape)), "an input of shape [B, C, ...]")
+    if x.shape[channel_dim(x.ndim, layout)] == 0:
+        raise UserError(str(tuple(x.shape)), "at least one channel")
 
 
 def channel_dim(ndim: int, layout: str) -> int:
@@ -109,7 +111,7 @@ def elementwise(node: Node, inputs: Sequence[Tensor]) -> Tensor:
             return torch.maximum(a, b)
         if op == "min":
             return torch.minimum(a, b)
-        return a / (b + torch.where(b < 0, -eps, eps).to(b.dtype)) if eps else a / b
+        return a / torch.where(b < 0, b - eps, b + eps) if eps else a / b  # eps stays exact in fp64
     if op == "log":
         return a.sign() * (a.abs() + eps).log()
     if op == "sqrt":

@@ -17,6 +17,7 @@ from search_spaces.layers.ops import AGGREGATE_EPS, AXES, ELEMENTWISE, MOMENTS, 
 FORMAT = 1
 LEAVES = ("x", "zero", "v0", "v1")  # ids 0 to 3: input, zeros, channel vectors that begin as zeros and ones
 X, ZERO, V0, V1 = range(4)
+GUARDED = ("div", "log", "sqrt", "rsqrt", "rms", "std")  # the operations that have an eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +68,17 @@ class LayerGraph:
         object.__setattr__(self, "nodes", tuple(self.nodes))
         for id, node in enumerate(self.nodes, len(LEAVES)):
             _check_node(id, node)
-        if not 0 <= self.output < len(LEAVES) + len(self.nodes):
-            raise UserError(self.output, f"an output among the values 0 to {len(LEAVES) + len(self.nodes) - 1}")
-        if self.groups < 1 or (self.group_size is not None and self.group_size < 1):
-            raise UserError(self.group_size or self.groups, "a positive number of groups and a positive group size")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
+        values = len(LEAVES) + len(self.nodes)
+        if isinstance(self.output, bool) or not isinstance(self.output, int) or not 0 <= self.output < values:
+            raise UserError(self.output, f"an output among the values 0 to {values - 1}")
+        if not _is_count(self.groups) or not (self.group_size is None or _is_count(self.group_size)):
+            wrong = self.groups if not _is_count(self.groups) else self.group_size
+            raise UserError(wrong, "a positive number of groups and a positive group size (or none)")
+        if self.momentum is not None and not (_is_number(self.momentum) and 0 <= self.momentum <= 1):
             raise UserError(self.momentum, "a momentum from 0 to 1, or None")
+        for name in ("affine", "unbiased"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(getattr(self, name), f"true or false as `{name}`")
 
     def node(self, id: int) -> Node:
         """The intermediate node of an id from 4 on."""
@@ -112,6 +118,8 @@ class LayerGraph:
 
     def group_count(self, channels: int) -> int:
         """How many groups `channels` fall into: the largest divisor not above `groups`, or by `group_size`."""
+        if channels < 1:
+            raise UserError(channels, "at least one channel")
         most = self.groups if self.group_size is None else max(1, channels // self.group_size)
         return max(g for g in range(1, min(most, channels) + 1) if channels % g == 0)
 
@@ -142,20 +150,19 @@ class LayerGraph:
             text = data
             try:
                 data = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(text[:60], f"a layer as JSON ({error})") from None
         if not isinstance(data, Mapping) or not isinstance(data.get("nodes"), list) or "output" not in data:
             raise UserError("layer", "a JSON object with `nodes` and `output`")
-        if data.get("format", FORMAT) > FORMAT:
-            raise UserError(data["format"], f"a layer of format {FORMAT} or older; update nasforge")
+        version = data.get("format", FORMAT)
+        if not _is_count(version) or version > FORMAT:
+            raise UserError(version, f"a layer of format {FORMAT} or older; update nasforge")
         known = {"format", "nodes", "output", "affine", "groups", "group_size", "momentum", "unbiased"}
         for key in data:
             if key not in known:
-                raise UserError(key, f"a field of a layer ({one_of(sorted(known))})", nearest(key, known))
+                raise UserError(key, f"a field of a layer ({one_of(sorted(known))})", nearest(str(key), known))
         nodes = [_node_from_json(id, entry) for id, entry in enumerate(data["nodes"], len(LEAVES))]
         rest = {k: v for k, v in data.items() if k not in ("format", "nodes", "output")}
-        if not isinstance(data["output"], int):
-            raise UserError(data["output"], "the id of the output")
         return cls(tuple(nodes), data["output"], **rest)
 
     def canonical_text(self) -> str:
@@ -187,8 +194,20 @@ def _check_node(id: int, node: Node) -> None:
     for source in node.inputs:
         if isinstance(source, bool) or not isinstance(source, int) or not 0 <= source < id:
             raise UserError(f"node {id}", f"inputs among the earlier values 0 to {id - 1}, found {source} (no cycles)")
-    if not (math.isfinite(node.eps) and node.eps >= 0):
+    if not (_is_number(node.eps) and node.eps >= 0):
         raise UserError(node.eps, f"an eps of at least 0 at node {id}")
+    if node.eps and node.op not in GUARDED:
+        raise UserError(node.eps, f"no eps at node {id}: {node.op} has no guard ({one_of(GUARDED)} have)")
+    if node.clamp is not None and not (_is_number(node.clamp) and node.op == "exp"):
+        raise UserError(node.clamp, f"at node {id} no clamp, or a finite one of exp")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _node_from_json(id: int, entry: Any) -> Node:
@@ -201,4 +220,5 @@ def _node_from_json(id: int, entry: Any) -> Node:
     for key in entry:
         if key not in ("op", "inputs", "eps", "clamp"):
             raise UserError(key, f"a field of node {id} (op, inputs, eps, clamp)")
-    return Node(op, tuple(inputs), axes, float(entry.get("eps", 0.0)), entry.get("clamp"))
+    eps = entry.get("eps", 0.0)
+    return Node(op, tuple(inputs), axes, float(eps) if _is_number(eps) else eps, entry.get("clamp"))
