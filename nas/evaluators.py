@@ -172,6 +172,11 @@ class ObjectEvaluator:
         """What the named object says."""
         return as_evaluator(_load(self.path)).evaluate(arch, fidelity, seed=seed)
 
+    def fidelities(self) -> list[int]:
+        """The fidelities that the named object states, if it has any."""
+        found = _load(self.path)
+        return list(found.fidelities()) if hasattr(found, "fidelities") else []
+
 
 @functools.lru_cache(maxsize=32)
 def _load(path: str) -> object:
