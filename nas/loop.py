@@ -89,6 +89,8 @@ def search(
             executor = _executor(evaluator, workers, timeout_seconds)
             stack.callback(executor.close)
             loop.go(executor)
+        if run is not None and not run.settings.get("finished"):
+            run.update_settings(finished=True)
     return SearchResult(settings, list(loop.records.values()), space, run, evaluator)
 
 
@@ -126,7 +128,7 @@ def _executor(evaluator: Evaluator, workers: int, timeout_seconds: float | None)
 
 
 # What may change between the beginning of a run and its continuation without making it another search.
-_FREE = {"format", "command", "environment", "version", "workers", "timeout_seconds", "started_at"}
+_FREE = {"format", "command", "environment", "version", "workers", "timeout_seconds", "finished"}
 
 
 def _open_run(path: Path, settings: Mapping[str, Any]) -> Run:
@@ -134,7 +136,7 @@ def _open_run(path: Path, settings: Mapping[str, Any]) -> Run:
         return Run.create(path, settings)
     run = Run.open(path)
     if _grown(run.settings.get("budget", {}), settings["budget"]):
-        run.update_settings(budget=settings["budget"])
+        run.update_settings(budget=settings["budget"], finished=False)
     keys = sorted((set(run.settings) | set(settings)) - _FREE)
     changed = [k for k in keys if run.settings.get(k) != _plain(settings.get(k))]
     if changed:

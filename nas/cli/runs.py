@@ -26,9 +26,8 @@ def runs(
     for run in find_runs(folder):
         trials = run.trials()
         told = sum(t.status != "asked" for t in trials)
-        wanted = run.settings["budget"].get("queries")
         running = run.running()
-        state = "running" if running else "done" if wanted is not None and told >= wanted else "stopped"
+        state = "running" if running else "done" if run.settings.get("finished") else "stopped"
         settings = run.settings
         rows.append([str(run.path), settings["evaluator"], settings["strategy"], settings["seed"], told, state])
         names = ("run", "evaluator", "strategy", "seed", "trials", "state")

@@ -152,7 +152,7 @@ def _print(result: Any, out: Path, output: Output) -> None:
         bounded = any(sign in result.settings["objectives"] for sign in "<>")
         lines["optimum of the table" + (" under the bounds" if bounded else "")] = summary["optimum"]
         lines["regret"] = summary["regret"]
-    if result.settings["label"] != "test":
+    if result.settings["label"] != "test" and summary["optimum"] is not None:
         lines["test"] = summary["best_test"] if summary["best_test"] is not None else "no test values in this table"
     if len(summary["front"] or ()) > 1:
         lines["front"] = f"{len(summary['front'])} architectures"
