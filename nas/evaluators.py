@@ -34,6 +34,17 @@ class Evaluator(Protocol):
         ...
 
 
+class Rejected(Exception):
+    """Raised by an evaluator that refuses an architecture on purpose: a failed trial that is not tried again.
+
+    reason: a word such as `unstable`. cost_seconds: what finding out cost, on the simulated clock.
+    """
+
+    def __init__(self, reason: str, cost_seconds: float = 0.0):
+        super().__init__(reason)
+        self.reason, self.cost_seconds = reason, cost_seconds
+
+
 @dataclass(frozen=True)
 class TableEvaluator:
     """Reads the metrics of a compiled table.

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nas.evaluators import Evaluator
+from nas.evaluators import Evaluator, Rejected
 from search_spaces.common.errors import RunError, UserError
 
 START_SECONDS = 120.0  # a worker that has not come up by then (imports included) never will
@@ -33,7 +33,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: metrics, or None and the reason. seconds: wall time of the last attempt."""
+    """What became of a job: metrics, or None and the reason. seconds: wall time of the last attempt.
+
+    cost_seconds: of a failure, what an evaluator said it cost on the simulated clock.
+    """
 
     id: int
     metrics: Mapping[str, float] | None
@@ -41,6 +44,7 @@ class Outcome:
     seconds: float
     worker: int
     attempts: int
+    cost_seconds: float | None = None
 
 
 class Executor(Protocol):
@@ -77,11 +81,31 @@ def checked(metrics: object) -> dict[str, float]:
     return plain
 
 
-def _evaluate(evaluator: Evaluator, job: Job) -> tuple[dict[str, float] | None, str | None]:
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One attempt: metrics, or None and the reason. final: trying again would give the same."""
+
+    metrics: dict[str, float] | None
+    error: str | None
+    seconds: float
+    final: bool = False
+    cost_seconds: float | None = None
+
+
+def _evaluate(evaluator: Evaluator, job: Job) -> _Answer:
+    begin = time.perf_counter()
     try:
-        return checked(evaluator.evaluate(job.arch, job.fidelity, seed=job.seed)), None
+        metrics = checked(evaluator.evaluate(job.arch, job.fidelity, seed=job.seed))
+        return _Answer(metrics, None, time.perf_counter() - begin, final=True)
+    except Rejected as rejected:
+        error, seconds = f"rejected: {rejected.reason}", time.perf_counter() - begin
+        return _Answer(None, error, seconds, final=True, cost_seconds=rejected.cost_seconds)
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return _Answer(None, f"{type(error).__name__}: {error}", time.perf_counter() - begin)
+
+
+def _outcome(job: Job, answer: _Answer, worker: int, attempts: int) -> Outcome:
+    return Outcome(job.id, answer.metrics, answer.error, answer.seconds, worker, attempts, answer.cost_seconds)
 
 
 class SerialExecutor:
@@ -101,13 +125,12 @@ class SerialExecutor:
     def wait(self) -> list[Outcome]:
         """Run the next job."""
         job = self._jobs.popleft()
-        attempts = 0
-        metrics = None
-        while metrics is None and attempts <= self._retries:
+        attempts = 1
+        answer = _evaluate(self._evaluator, job)
+        while not answer.final and attempts <= self._retries:
             attempts += 1
-            begin = time.perf_counter()
-            metrics, error = _evaluate(self._evaluator, job)
-        return [Outcome(job.id, metrics, error, time.perf_counter() - begin, 0, attempts)]
+            answer = _evaluate(self._evaluator, job)
+        return [_outcome(job, answer, 0, attempts)]
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -128,9 +151,7 @@ def _serve(connection: multiprocessing.connection.Connection, payload: bytes, pa
             job = connection.recv()
         except EOFError:
             return
-        begin = time.perf_counter()
-        metrics, error = _evaluate(evaluator, job)
-        connection.send((metrics, error, time.perf_counter() - begin))
+        connection.send(_evaluate(evaluator, job))
 
 
 def _end_with_parent(parent: int) -> None:
@@ -221,8 +242,7 @@ class ProcessExecutor:
                 raise UserError("the evaluator", f"an evaluator that workers can import ({message})")
             worker.came_up()
             return None
-        metrics, error, seconds = message
-        return self._ended(worker, metrics, error, seconds)
+        return self._ended(worker, message)
 
     def _died(self, worker: _Worker) -> Outcome | None:
         worker.process.join()
@@ -249,16 +269,16 @@ class ProcessExecutor:
         fresh = _Worker(worker.number, self._payload, self._context)
         fresh.job, fresh.attempts = worker.job, worker.attempts
         self._workers[self._workers.index(worker)] = fresh
-        return self._ended(fresh, None, error, time.perf_counter() - worker.begun)
+        return self._ended(fresh, _Answer(None, error, time.perf_counter() - worker.begun))
 
-    def _ended(self, worker: _Worker, metrics: Any, error: str | None, seconds: float) -> Outcome | None:
+    def _ended(self, worker: _Worker, answer: _Answer) -> Outcome | None:
         job, attempts = worker.job, worker.attempts
         assert job is not None
-        if metrics is None and attempts <= self._retries:
+        if not answer.final and attempts <= self._retries:
             worker.send(job, attempts + 1)
             return None
         worker.job = None
-        return Outcome(job.id, metrics, error, seconds, worker.number, attempts)
+        return _outcome(job, answer, worker.number, attempts)
 
     def close(self) -> None:
         """Kill the workers."""

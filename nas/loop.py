@@ -206,7 +206,7 @@ class _Loop:
             else:
                 del waiting[id]
                 self._count(record)
-                self.strategy.tell(id, record.metrics)
+                self.strategy.tell(id, record.metrics if record.status == "done" else None)
         self.open = list(waiting.values())
         self.evaluation_seconds = sum(r.seconds or 0.0 for r in self.records.values())
         if self.records:
@@ -278,6 +278,7 @@ class _Loop:
             if missing:
                 error = f"the evaluator gave {', '.join(metrics)} but not {missing[0]}"
                 metrics = None
+        cost = None if outcome.cost_seconds is None else {"cost_seconds": outcome.cost_seconds}
         record = self.records[outcome.id]
         record = TrialRecord(
             record.id,
@@ -285,7 +286,7 @@ class _Loop:
             record.key,
             "failed" if metrics is None else "done",
             record.fidelity,
-            metrics,
+            cost if metrics is None else metrics,
             error,
             outcome.seconds,
             outcome.worker,

@@ -10,6 +10,7 @@ import small_space
 from small_space import Digits, Faulty, Unpicklable
 
 from nas.budget import Budget
+from nas.evaluators import Rejected
 from nas.executors import ProcessExecutor, checked
 from nas.loop import search, trial_seed
 from search_spaces.common.errors import UserError
@@ -135,3 +136,17 @@ def test_workers_stop_with_their_executor():
 def test_checked_gives_plain_floats():
     assert checked({"a": np.float32(0.5), "b": 3}) == {"a": 0.5, "b": 3.0}
     assert json.dumps(checked({"a": np.int64(2)})) == '{"a": 2.0}'
+
+
+def test_a_rejection_is_recorded_once_with_its_cost():
+    def choosy(arch, fidelity, seed):
+        if arch[0] == 0:
+            raise Rejected("unstable", cost_seconds=5.0)
+        return {"val_acc": 1.0, "cost_seconds": 1.0}
+
+    result = search(Digits(), choosy, "random-search", budget=Budget(simulated_seconds=60), objectives="val_acc")
+    rejected = [r for r in result.records if r.status == "failed"]
+    assert rejected
+    assert {(r.error, r.attempts, r.metrics["cost_seconds"]) for r in rejected} == {("rejected: unstable", 1, 5.0)}
+    total = sum(r.metrics["cost_seconds"] for r in result.records)
+    assert 60 <= total < 65
