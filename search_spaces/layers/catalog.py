@@ -25,7 +25,7 @@ _RELU = "Nair and Hinton, Rectified Linear Units Improve Restricted Boltzmann Ma
 _SWISH = "Ramachandran, Zoph and Le, Searching for Activation Functions, 2017, arXiv 1710.05941"
 _BATCH = "Ioffe and Szegedy, Batch Normalization, ICML 2015, arXiv 1502.03167, algorithms 1 and 2"
 _LAYER = "Ba, Kiros and Hinton, Layer Normalization, 2016, arXiv 1607.06450, equation 3"
-_INSTANCE = "Ulyanov, Vedaldi and Lempitsky, Instance Normalization: The Missing Ingredient, 2016, arXiv 1607.08022"
+_INSTANCE = "Ulyanov, Vedaldi and Lempitsky, Instance Normalization: The Missing Ingredient for Fast Stylization, 2016"
 _GROUP = "Wu and He, Group Normalization, ECCV 2018, arXiv 1803.08494, equation 7"
 _FRN = "Singh and Krishnan, Filter Response Normalization Layer, CVPR 2020, arXiv 1911.09737"
 

@@ -188,7 +188,7 @@ def _check_node(id: int, node: Node) -> None:
             split_name(node.name)
     elif node.op not in ELEMENTWISE:
         split_name(node.op)
-        raise UserError(node.op, f"an aggregate with its axes, such as {node.op}-group")
+        raise UserError(node.op, "the axes of a node apart from its operation")
     if len(node.inputs) != arity(node.op):
         raise UserError(f"node {id}", f"{arity(node.op)} inputs of {node.op}, found {len(node.inputs)}")
     for source in node.inputs:

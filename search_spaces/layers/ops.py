@@ -91,8 +91,10 @@ def split_name(name: str) -> tuple[str, str]:
         return op, ""
     if op in MOMENTS and axes in AXES:
         return op, axes
-    known = PRESETS["extended"]
-    raise UserError(name, f"a primitive ({one_of(known, 40)})", nearest(name, known))
+    if not dash and op in MOMENTS:
+        raise UserError(name, f"a moment with its axes, such as {op}-group ({one_of(AXES)})")
+    suggestion = nearest(name, PRESETS["extended"])
+    raise UserError(name, f"a primitive ({one_of(ELEMENTWISE, 20)}, or a moment with axes, std-group)", suggestion)
 
 
 def arity(op: str) -> int:
