@@ -1,0 +1,359 @@
+"""GraphLayer: an nn.Module that runs a LayerGraph, as `search_spaces.layers.evaluate` defines it.
+
+The graph becomes a plan, a short list of tensor functions, when the module is made; `forward` only walks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from search_spaces.common.errors import UserError
+from search_spaces.layers.evaluate import LAYOUTS, channel_dim, elementwise, finish
+from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+
+RANKS = {"channels-first": (2, 3, 4, 5), "tokens": (3,)}
+BUFFERS = {"mean": "running_mean", "std": "running_var", "rms": "running_square", "l1": "running_abs"}
+INITIAL = {"mean": 0.0, "std": 1.0, "rms": 1.0, "l1": 1.0}
+Moment = Callable[[Tensor], tuple[Tensor, Any]]  # value -> (moment, how many numbers each of its entries comes from)
+
+
+class GraphLayer(nn.Module):
+    """The layer that `graph` describes, for inputs of `channels` channels.
+
+    layout: `channels-first` [B, C, ...] (up to three space dimensions) or `tokens` [B, N, C]. zero_init_gamma: the
+    weight begins as zeros (last layer of a residual block). track_running_stats: batch aggregates keep running
+    statistics and use them in evaluation; without, they always take those of the batch. synchronize: batch statistics
+    are those of all processes when torch.distributed is initialised.
+
+    Parameters of shape [channels], only where the graph uses them: `weight` (ones), `bias` (zeros), `v0` (zeros),
+    `v1` (ones). Buffers, one for each live batch aggregate: `running_mean`, `running_var` (std), `running_square`
+    (rms), `running_abs` (l1); a second of its kind is `running_mean_2`, in the order of the graph. With momentum None
+    also `num_batches_tracked`. State dicts of BatchNorm and of timm's EvoNorm layers load.
+
+    Statistics of half precision values are taken in float32 and cast back; the output has the input's dtype. An
+    unbiased running variance counts the numbers that the aggregate really sees (with one, it stays biased).
+    Errors: UserError for channels below 1, an unknown layout, and an input that does not fit.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        channels: int,
+        *,
+        layout: str = "channels-first",
+        zero_init_gamma: bool = False,
+        track_running_stats: bool = True,
+        synchronize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if channels < 1:
+            raise UserError(channels, "at least one channel")
+        if layout not in LAYOUTS:
+            raise UserError(layout, f"a layout: {' or '.join(LAYOUTS)}")
+        self.graph, self.channels, self.layout = graph, channels, layout
+        self.zero_init_gamma, self.track_running_stats = zero_init_gamma, track_running_stats
+        self.synchronize = synchronize
+        vector = partial(torch.empty, channels, device=device, dtype=dtype)
+        for name in parameter_names(graph):
+            self.register_parameter(name, nn.Parameter(vector()))
+        if track_running_stats:
+            for name in buffer_names(graph).values():
+                self.register_buffer(name, vector())
+            if graph.momentum is None and buffer_names(graph):
+                self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+        self.reset_parameters()
+        self._make_plans()
+
+    def reset_parameters(self) -> None:
+        """All parameters and running statistics as they begin."""
+        for name, parameter in self.named_parameters(recurse=False):
+            nn.init.constant_(parameter, _initial(name, self.zero_init_gamma))
+        self.reset_running_stats()
+
+    def reset_running_stats(self) -> None:
+        """Running means become zeros, the other running moments ones."""
+        if not self.track_running_stats:
+            return
+        for id, name in buffer_names(self.graph).items():
+            self.get_buffer(name).fill_(INITIAL[self.graph.node(id).op])
+        if "num_batches_tracked" in self._buffers:
+            self.get_buffer("num_batches_tracked").zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self._plans.get(x.ndim)
+        if plan is None or x.shape[plan.channel] != self.channels or not x.is_floating_point():
+            raise self._misfit(x)
+        values: list[Any] = [None] * plan.slots
+        values[0] = x
+        for slot, name in plan.vectors:
+            values[slot] = getattr(self, name).to(x.dtype).view(plan.shape)
+        if plan.zero is not None:
+            values[plan.zero] = x.new_zeros((1,) * x.ndim)
+        for step in plan.steps:
+            if step.buffer:
+                values[step.target] = self._batch_value(step, values[step.sources[0]], plan.shape)
+            else:
+                values[step.target] = step.run(*[values[slot] for slot in step.sources])
+        out = values[plan.output]
+        if out.shape != x.shape:
+            out = out.expand_as(x)
+        if self.graph.affine:
+            out = out * self.weight.to(x.dtype).view(plan.shape) + self.bias.to(x.dtype).view(plan.shape)
+        return out.to(x.dtype)
+
+    def _batch_value(self, step: Step, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.track_running_stats and not self.training:
+            running = _wide(getattr(self, step.buffer))
+            return finish(step.node, running).to(value.dtype).view(shape)
+        moment, count = step.run(_wide(value))
+        if self.track_running_stats:
+            self._update(step, moment.detach().flatten(), count)
+        return finish(step.node, moment).to(value.dtype)
+
+    def _update(self, step: Step, moment: Tensor, count: Any) -> None:
+        running: Tensor = getattr(self, step.buffer)
+        if self.graph.unbiased and step.node.op == "std":
+            rest = (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+            moment = moment * (count / rest)
+        moment = moment.to(running.dtype)
+        if self.graph.momentum is None:
+            if step.first:
+                self.num_batches_tracked.add_(1)
+            running += (moment - running) / self.num_batches_tracked
+        else:
+            running += (moment - running) * self.graph.momentum
+
+    def _misfit(self, x: Tensor) -> UserError:
+        shape = str(tuple(x.shape))
+        if not x.is_floating_point():
+            return UserError(str(x.dtype), "an input of floating-point numbers")
+        if self.layout == "tokens":
+            return UserError(shape, f"tokens of shape [B, N, {self.channels}]")
+        return UserError(shape, f"an input of shape [B, {self.channels}, ...] with at most three space dimensions")
+
+    def _make_plans(self) -> None:
+        self._plans = {
+            rank: make_plan(self.graph, self.channels, rank, self.layout, self.synchronize)
+            for rank in RANKS[self.layout]
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make_plans()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if prefix + "v" in state_dict and "v1" in self._parameters:  # timm's name
+            state_dict[prefix + "v1"] = state_dict.pop(prefix + "v")
+        if "num_batches_tracked" not in self._buffers:  # BatchNorm always has one
+            state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        nodes = " ".join(node.name for _, node in self.graph.live_nodes)
+        return f"{self.channels}, {nodes}" + (", layout='tokens'" if self.layout == "tokens" else "")
+
+
+def parameter_names(graph: LayerGraph) -> list[str]:
+    """The parameters that a layer of this graph has, in the order of its state dict."""
+    return ["weight", "bias"] * graph.affine + [LEAVES[id] for id in (V0, V1) if id in graph.live]
+
+
+def buffer_names(graph: LayerGraph) -> dict[int, str]:
+    """The running statistic of every live batch aggregate, by node id."""
+    names: dict[int, str] = {}
+    for id in graph.batch_aggregates():
+        plain = BUFFERS[graph.node(id).op]
+        earlier = sum(graph.node(other).op == graph.node(id).op for other in names)
+        names[id] = f"{plain}_{earlier + 1}" if earlier else plain
+    return names
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters of `model` for an optimiser: weights with `weight_decay`, vectors without.
+
+    Vectors are a layer's weight, bias, v0 and v1 and all biases; EvoNorm's authors exclude the layer's too.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim <= 1]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node: `run(*sources)` is its value, or with a `buffer` for running statistics the moment and its count.
+
+    first: whether no running statistic is updated before it.
+    """
+
+    node: Node
+    target: int
+    sources: tuple[int, ...]
+    run: Callable[..., Any]
+    buffer: str = ""
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps over a list of `slots` values; slot 0 is x. shape: that of a channel vector."""
+
+    steps: tuple[Step, ...]
+    vectors: tuple[tuple[int, str], ...]
+    zero: int | None
+    output: int
+    slots: int
+    channel: int
+    shape: tuple[int, ...]
+
+
+def make_plan(graph: LayerGraph, channels: int, rank: int, layout: str, synchronize: bool) -> Plan:
+    """The steps of `graph` for inputs of `rank` dimensions. A slot is used again when its value is spent."""
+    channel = channel_dim(rank, layout)
+    last_use = {source: id for id, node in graph.live_nodes for source in node.inputs}
+    buffers = buffer_names(graph)
+    slot = {X: 0}
+    vectors: list[tuple[int, str]] = []
+    for id in graph.live[: graph.live.index(graph.output) + 1]:
+        if id in (ZERO, V0, V1):
+            slot[id] = len(slot)
+            if id != ZERO:
+                vectors.append((slot[id], LEAVES[id]))
+    slots = len(slot)
+    free: list[int] = []
+    steps: list[Step] = []
+    for id, node in graph.live_nodes:
+        sources = tuple(slot[source] for source in node.inputs)
+        free += [slot[s] for s in set(node.inputs) if last_use[s] == id and s not in (X, graph.output)]
+        if free:
+            slot[id] = free.pop()
+        else:
+            slot[id], slots = slots, slots + 1
+        if node.aggregate:
+            run: Callable[..., Any] = _moment(node, rank, channel, graph.group_count(channels), synchronize)
+            if id not in buffers:
+                run = partial(_aggregate, node, run)
+        else:
+            run = _elementwise(node)
+        first = id in buffers and not any(step.buffer for step in steps)
+        steps.append(Step(node, slot[id], sources, run, buffers.get(id, ""), first))
+    shape = tuple(-1 if d == channel else 1 for d in range(rank))
+    return Plan(tuple(steps), tuple(vectors), slot.get(ZERO), slot[graph.output], slots, channel, shape)
+
+
+_DIRECT: dict[str, Callable[..., Tensor]] = {
+    "add": torch.add,
+    "mul": torch.mul,
+    "sub": torch.sub,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "neg": torch.neg,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "abs": torch.abs,
+    "square": torch.square,
+    "erf": torch.erf,
+    "softplus": nn.functional.softplus,
+}
+
+
+def _elementwise(node: Node) -> Callable[..., Tensor]:
+    if node.op in _DIRECT:
+        return _DIRECT[node.op]
+    if node.op == "div" and not node.eps:
+        return torch.div
+    if node.op == "exp" and node.clamp is None:
+        return torch.exp
+    return lambda *inputs: elementwise(node, inputs)
+
+
+def _aggregate(node: Node, moment: Moment, value: Tensor) -> Tensor:
+    return finish(node, moment(_wide(value))[0]).to(value.dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _moment(node: Node, rank: int, channel: int, groups: int, synchronize: bool) -> Moment:
+    """The moment over the node's axes of values of `rank` dimensions, kept as dimensions of size 1."""
+    space = [d for d in range(1, rank) if d != channel]
+    axes, op = node.axes, node.op
+    if axes == "batch":
+        return partial(_over, op, _batch_mean if synchronize else _local_mean, [0, *space])
+    if axes in ("group", "channel-group"):
+        return partial(_over_groups, op, channel, groups, space if axes == "group" else [])
+    dims = {"layer": [*space, channel], "instance": space, "channel": [channel]}[axes]
+    return partial(_over, op, _local_mean, dims)
+
+
+def _over(op: str, mean: Callable[..., tuple[Tensor, Any]], dims: list[int], value: Tensor) -> tuple[Tensor, Any]:
+    if op == "mean":
+        return mean(value, dims)
+    if op == "rms":
+        return mean(value.square(), dims)
+    if op == "l1":
+        return mean(value.abs(), dims)
+    # Two passes: no cancellation for a mean far above the deviation; on CPUs also faster than torch.var.
+    return mean((value - mean(value, dims)[0]).square(), dims)
+
+
+def _over_groups(op: str, channel: int, groups: int, space: list[int], value: Tensor) -> tuple[Tensor, Any]:
+    channels = value.shape[channel]
+    if channels == 1:  # already the same for all channels
+        return _over(op, _local_mean, space or [channel], value)
+    if channel == 1 and space:
+        shape = [value.shape[0], channels, *[1] * len(space)]
+        moment, count = _over(op, _local_mean, [2], value.unflatten(1, (groups, -1)).flatten(2))
+        return moment.expand(-1, -1, channels // groups).reshape(shape), count
+    folded = value.unflatten(channel, (groups, -1))
+    moment, count = _over(op, _local_mean, [channel + 1, *(d + (d > channel) for d in space)], folded)
+    sizes = [channels // groups if d == channel + 1 else -1 for d in range(folded.ndim)]
+    return moment.expand(sizes).flatten(channel, channel + 1), count
+
+
+def _local_mean(value: Tensor, dims: list[int]) -> tuple[Tensor, Any]:
+    if not dims:
+        return value, 1
+    mean = value.mean(dims, keepdim=True)
+    return mean, value.numel() // max(mean.numel(), 1)
+
+
+def _batch_mean(value: Tensor, dims: list[int]) -> tuple[Tensor, Any]:
+    """The mean over the batches of all processes, which may differ in size; gradients flow between processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return _local_mean(value, dims)
+    from torch.distributed.nn.functional import all_reduce
+
+    total = value.sum(dims, keepdim=True)
+    count = value.numel() // max(total.numel(), 1)
+    packed = all_reduce(torch.cat([total.reshape(-1), total.new_full((1,), count)]))
+    return (packed[:-1] / packed[-1]).view_as(total), packed[-1]
+
+
+def _initial(name: str, zero_init_gamma: bool) -> float:
+    return float(name == "v1" or (name == "weight" and not zero_init_gamma))

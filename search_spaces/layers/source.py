@@ -1,0 +1,457 @@
+"""Readable Python source of a layer: a module that needs torch only and has GraphLayer's state dict."""
+
+from __future__ import annotations
+
+import keyword
+import math
+import textwrap
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from search_spaces.common.errors import UserError
+from search_spaces.layers.evaluate import LAYOUTS, evaluate
+from search_spaces.layers.formula import format_formula
+from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+from search_spaces.layers.module import buffer_names, parameter_names
+from search_spaces.layers.patterns import NONE, patterns
+
+ATOM, UNARY, PRODUCT, SUM = 4, 3, 2, 1  # how tightly an expression binds
+LONGEST, LARGEST = 72, 6  # an expression beyond so many characters or operations gets a name of its own
+MOMENT = {"mean": "mean", "std": "variance", "rms": "mean_square", "l1": "mean_absolute"}
+WIDENS = ("exp", "log", "rsqrt", "softplus")  # operations that autocast may lift to float32
+WORDS = {
+    "add": "total",
+    "sub": "difference",
+    "mul": "product",
+    "div": "ratio",
+    "max": "largest",
+    "min": "smallest",
+    "neg": "negative",
+    "sigmoid": "gate",
+    "tanh": "bounded",
+    "exp": "exponential",
+    "log": "logarithm",
+    "abs": "magnitude",
+    "square": "squared",
+    "sqrt": "root",
+    "rsqrt": "inverse_root",
+    "erf": "error",
+    "softplus": "softened",
+}
+DIMS = {
+    "channels-first": {
+        "batch": "(0, *space)",
+        "layer": "(1, *space)",
+        "instance": "space",
+        "channel": "1",
+        "channel-group": "1",
+    },
+    "tokens": {"batch": "(0, 1)", "layer": "(1, 2)", "instance": "1", "channel": "2", "channel-group": "2"},
+}
+HELPERS = {
+    "wide": '''
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32, in which statistics are taken."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+''',
+    "mean": '''
+def mean(x: Tensor, dims) -> Tensor:
+    """The mean over `dims`, which stay as dimensions of size 1."""
+    return wide(x).mean(dims, keepdim=True)
+''',
+    "variance": '''
+def variance(x: Tensor, dims) -> Tensor:
+    """The biased variance over `dims`, which stay as dimensions of size 1."""
+    x = wide(x)
+    return (x - x.mean(dims, keepdim=True)).square().mean(dims, keepdim=True)
+''',
+    "mean_square": '''
+def mean_square(x: Tensor, dims) -> Tensor:
+    """The mean of squares over `dims`, which stay as dimensions of size 1."""
+    return wide(x).square().mean(dims, keepdim=True)
+''',
+    "mean_absolute": '''
+def mean_absolute(x: Tensor, dims) -> Tensor:
+    """The mean of absolute values over `dims`, which stay as dimensions of size 1."""
+    return wide(x).abs().mean(dims, keepdim=True)
+''',
+    "signed_log": '''
+def signed_log(x: Tensor, eps: float) -> Tensor:
+    """sign(x) log(|x| + eps)."""
+    return x.sign() * (x.abs() + eps).log()
+''',
+    "signed_sqrt": '''
+def signed_sqrt(x: Tensor, eps: float) -> Tensor:
+    """sign(x) sqrt(|x| + eps)."""
+    return x.sign() * (x.abs() + eps).sqrt()
+''',
+    "guarded": '''
+def guarded(x: Tensor, eps: float) -> Tensor:
+    """A divisor, moved away from zero by eps."""
+    return torch.where(x < 0, x - eps, x + eps)
+''',
+}
+OVER_GROUP = {
+    ("channels-first", "group"): '''
+def over_group(moment, x: Tensor, groups: int) -> Tensor:
+    """A moment over space and the channels of a group, repeated for each channel: [B, C, 1, ...]."""
+    found = moment(x.unflatten(1, (groups, -1)).flatten(2), 2)
+    return found.expand(-1, -1, x.shape[1] // groups).reshape(x.shape[:2] + (1,) * (x.dim() - 2))
+''',
+    ("channels-first", "channel-group"): '''
+def over_channel_group(moment, x: Tensor, groups: int) -> Tensor:
+    """A moment over the channels of a group, repeated for each channel."""
+    grouped = x.unflatten(1, (groups, -1))
+    return moment(grouped, 2).expand_as(grouped).flatten(1, 2)
+''',
+    ("tokens", "group"): '''
+def over_group(moment, x: Tensor, groups: int) -> Tensor:
+    """A moment over all tokens and the channels of a group, repeated for each channel: [B, 1, C]."""
+    found = moment(x.unflatten(2, (groups, -1)), (1, 3))
+    return found.expand(-1, -1, -1, x.shape[2] // groups).flatten(2)
+''',
+    ("tokens", "channel-group"): '''
+def over_channel_group(moment, x: Tensor, groups: int) -> Tensor:
+    """A moment over the channels of a group, repeated for each channel."""
+    grouped = x.unflatten(2, (groups, -1))
+    return moment(grouped, 3).expand_as(grouped).flatten(2)
+''',
+}
+
+
+def to_source(
+    graph: LayerGraph,
+    class_name: str,
+    *,
+    channels: int | None = None,
+    layout: str = "channels-first",
+    formula_text: str | None = None,
+) -> str:
+    """The source of a file that defines the layer as class `class_name(channels)`.
+
+    channels: the default of that argument. formula_text: what the docstring gives as the formula, by default that of
+    `format_formula`. The class has the parameters, buffers and values of `GraphLayer(graph, channels)`, but
+    takes batch statistics of its own process only. Errors: UserError for a name that is no class name, an unknown
+    layout, channels below 1.
+    """
+    if not class_name.isidentifier() or keyword.iskeyword(class_name):
+        raise UserError(class_name, "a name for a Python class, such as MyNorm")
+    taken = {"torch", "nn", "Tensor", "over_group", "over_channel_group", *HELPERS}
+    if class_name in taken:
+        raise UserError(class_name, "a class name that the file does not use otherwise", class_name.title())
+    if layout not in LAYOUTS:
+        raise UserError(layout, f"a layout: {' or '.join(LAYOUTS)}")
+    if channels is not None and channels < 1:
+        raise UserError(channels, "at least one channel")
+    graph = graph.compact()
+    formula = format_formula(graph) if formula_text is None else formula_text
+    return _file(graph, class_name, channels, layout, formula, _draft(graph, layout))
+
+
+@dataclass
+class _Draft:
+    """The body of `forward` as it grows. text, binding, size: of every value's expression, by id. over_space: whether
+    something is reduced over space alone."""
+
+    graph: LayerGraph
+    layout: str
+    text: dict[int, str] = field(default_factory=dict)
+    binding: dict[int, int] = field(default_factory=dict)
+    size: dict[int, int] = field(default_factory=dict)
+    constants: dict[int, float] = field(default_factory=dict)
+    names: dict[str, int] = field(default_factory=dict)
+    items: list[str | _Batch] = field(default_factory=list)
+    helpers: set[str] = field(default_factory=set)
+    over_space: bool = False
+    result: str = ""
+
+    def put(self, id: int, text: str, binding: int = ATOM, size: int = 0) -> None:
+        self.text[id], self.binding[id], self.size[id] = text, binding, size
+
+    def operand(self, id: int, binding: int) -> str:
+        """The value's expression, in brackets unless it binds at least as tightly as `binding`."""
+        return self.text[id] if self.binding[id] >= binding else f"({self.text[id]})"
+
+    def fresh(self, name: str) -> str:
+        """`name`, or with a number if it is taken."""
+        self.names[name] = self.names.get(name, 0) + 1
+        return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
+
+    def tensor(self, id: int) -> str:
+        """The value's expression as a tensor where a plain number will not do."""
+        if id not in self.constants:
+            return self.text[id]
+        number = self.constants[id]
+        return "x.new_zeros(())" if number == 0 else f"x.new_full((), {self.text[id]})"
+
+
+@dataclass
+class _Batch:
+    """A batch aggregate: lines in training, lines in evaluation, lines after both; `defines` are their names."""
+
+    training: list[str]
+    evaluation: list[str]
+    after: list[str]
+    defines: set[str]
+
+
+def _draft(graph: LayerGraph, layout: str) -> _Draft:
+    """Expressions and lines for the live nodes."""
+    draft = _Draft(graph, layout)
+    for id in (X, V0, V1):
+        draft.put(id, LEAVES[id])
+    shapes = patterns(graph)
+    uses: dict[int, int] = {}
+    for _, node in graph.live_nodes:
+        for source in node.inputs:
+            uses[source] = uses.get(source, 0) + 1
+    buffers = buffer_names(graph)
+    reduced = {node.inputs[0] for id, node in graph.live_nodes if node.aggregate}
+    if ZERO in graph.live:
+        _put_constant(draft, ZERO)
+    for id, node in graph.live_nodes:
+        if all(source in draft.constants for source in node.inputs):
+            _put_constant(draft, id)
+        elif node.aggregate:
+            spread = shapes[node.inputs[0]].channel
+            _put_aggregate(draft, id, node, spread, buffers.get(id))
+        else:
+            _put_elementwise(draft, id, node)
+            large = draft.size[id] > LARGEST or len(draft.text[id]) > LONGEST
+            if uses.get(id, 0) > 1 or id in reduced or (large and id != graph.output):
+                name = draft.fresh(WORDS[node.op])
+                draft.items.append(f"{name} = {draft.text[id]}")
+                draft.put(id, name)
+    _put_result(draft, shapes[graph.output].full)
+    return draft
+
+
+def _put_constant(draft: _Draft, id: int) -> None:
+    """Values that depend on neither input nor parameters become numbers."""
+    probe = torch.zeros(1, 1, 1, dtype=torch.float64)
+    if id == ZERO:
+        number = 0.0
+    else:
+        number = evaluate(replace(draft.graph, output=id, affine=False), probe, layout=draft.layout).item()
+    draft.constants[id] = number
+    if math.isfinite(number):
+        draft.put(id, repr(number), UNARY if math.copysign(1.0, number) < 0 else ATOM)
+    else:
+        draft.put(id, f'float("{number}")')
+
+
+def _put_elementwise(draft: _Draft, id: int, node: Node) -> None:
+    op, inputs = node.op, node.inputs
+    first = inputs[0]
+    size = 1 + sum(draft.size[source] for source in inputs)
+    if op in ("add", "sub", "mul", "div"):
+        sign, binding = {"add": ("+", SUM), "sub": ("-", SUM), "mul": ("*", PRODUCT), "div": ("/", PRODUCT)}[op]
+        right = draft.operand(inputs[1], binding + 1)  # brackets keep the order of the graph's roundings
+        if op == "add" and right.startswith("-"):
+            sign, right = "-", right[1:]
+        if op == "div" and node.eps:
+            draft.helpers.add("guarded")
+            right = f"guarded({draft.tensor(inputs[1])}, {node.eps!r})"
+        draft.put(id, f"{draft.operand(first, binding)} {sign} {right}", binding, size)
+    elif op in ("max", "min"):
+        name = {"max": "torch.maximum", "min": "torch.minimum"}[op]
+        draft.put(id, f"{name}({draft.tensor(first)}, {draft.tensor(inputs[1])})", ATOM, size)
+    elif op == "neg":
+        draft.put(id, f"-{draft.operand(first, UNARY)}", UNARY, size)
+    elif op in ("log", "sqrt"):
+        draft.helpers.add(f"signed_{op}")
+        draft.put(id, f"signed_{op}({draft.text[first]}, {node.eps!r})", ATOM, size)
+    elif op == "rsqrt":
+        draft.put(id, f"({draft.operand(first, ATOM)}.abs() + {node.eps!r}).rsqrt()", ATOM, size)
+    elif op in ("abs", "square"):
+        draft.put(id, f"{draft.operand(first, ATOM)}.{op}()", ATOM, size)
+    elif op == "exp" and node.clamp is not None:
+        draft.put(id, f"torch.exp({draft.operand(first, ATOM)}.clamp(max={node.clamp!r}))", ATOM, size)
+    elif op == "softplus":
+        draft.put(id, f"nn.functional.softplus({draft.text[first]})", ATOM, size)
+    else:
+        draft.put(id, f"torch.{op}({draft.text[first]})", ATOM, size)
+
+
+def _put_aggregate(draft: _Draft, id: int, node: Node, spread: int, buffer: str | None) -> None:
+    """spread: how far the aggregate's input varies over channels; groups of equal channels are plain."""
+    value = draft.text[node.inputs[0]]
+    axes = node.axes
+    if axes == "group" and spread == NONE:
+        axes = "instance"
+    moment = MOMENT[node.op]
+    draft.helpers |= {"wide", moment}
+    if axes == "group" or (axes == "channel-group" and spread != NONE):
+        helper = "over_" + axes.replace("-", "_")
+        draft.helpers.add(helper)
+        call = f"{helper}({moment}, {value}, self.groups)"
+    else:
+        call = f"{moment}({value}, {DIMS[draft.layout][axes]})"
+        draft.over_space |= axes == "instance"
+    name = draft.fresh(f"{node.axes.replace('-', '_')}_{node.op}")
+    if buffer is None:
+        if len(call) > LONGEST - 12:
+            draft.items.append(f"{name} = {call}")
+            call = name
+        draft.items.append(f"{name} = {_finished(node, call)}")
+    else:
+        known = "batch_" + moment + buffer.removeprefix(buffer.rstrip("_0123456789"))
+        tracked = known
+        training = [f"{known} = {call}"]
+        if draft.graph.unbiased and node.op == "std":
+            training.append(f"count = {value}.numel() // {known}.numel()")
+            tracked = f"{known} * (count / max(count - 1, 1))"
+        training.append(f"self.track(self.{buffer}, {tracked})")
+        view = f"self.{buffer}.view(shape)"
+        block = _Batch(training, [f"{known} = {view}"], [f"{name} = {_finished(node, known)}"], {known, name})
+        last = draft.items[-1] if draft.items else None
+        if isinstance(last, _Batch) and value not in last.defines:
+            last.training += block.training
+            last.evaluation += block.evaluation
+            last.after += block.after
+            last.defines |= block.defines
+        else:
+            draft.items.append(block)
+    draft.put(id, name)
+
+
+def _finished(node: Node, moment: str) -> str:
+    return f"({moment} + {node.eps!r}).sqrt().to(x.dtype)" if node.op in ("rms", "std") else f"{moment}.to(x.dtype)"
+
+
+def _put_result(draft: _Draft, full: bool) -> None:
+    graph = draft.graph
+    out = graph.output
+    if out in draft.constants:
+        draft.put(out, f"torch.full_like(x, {draft.text[out]})")
+    elif not full:
+        draft.put(out, f"{draft.operand(out, ATOM)}.expand_as(x)")
+    if not graph.affine:
+        draft.result = draft.text[out]
+    else:
+        if draft.size[out] > LARGEST // 2 or len(draft.text[out]) > LONGEST // 2:
+            draft.items.append(f"y = {draft.text[out]}")
+            draft.put(out, "y")
+        draft.result = f"{draft.operand(out, PRODUCT)} * weight + bias"
+    if any(node.op in WIDENS and id not in draft.constants for id, node in graph.live_nodes):
+        draft.result = f"({draft.result}).to(x.dtype)"
+
+
+# -- the file ----------------------------------------------------------------------------------------------------
+
+
+def _file(graph: LayerGraph, class_name: str, channels: int | None, layout: str, formula: str, draft: _Draft) -> str:
+    helpers = [text for name, text in HELPERS.items() if name in draft.helpers]
+    helpers += [text for (of, axes), text in OVER_GROUP.items() if of == layout and _over(axes) in draft.helpers]
+    shape = "[B, C, ...]" if layout == "channels-first" else "[B, N, C]"
+    affine = ", then weight and bias per channel" if graph.affine else ""
+    buffers = buffer_names(graph)
+    about = textwrap.wrap(f"{_escaped(formula)}{affine}.", 112, break_long_words=False, break_on_hyphens=False)
+    body = [
+        *(line for text in helpers for line in ["", *text.strip("\n").split("\n"), ""]),
+        "",
+        f"class {class_name}(nn.Module):",
+        f'    """{about[0]}',
+        *(f"    {line}" for line in about[1:]),
+        "",
+        f"    Input and output {shape}. Layer graph {graph.stable_hash()[:16]} (nasforge).",
+    ]
+    if buffers:
+        body.append("    Batch statistics are those of one process; evaluation uses running ones.")
+    body += ['    """', ""]
+    body += _constructor(graph, channels, draft)
+    if buffers:
+        body += _tracking(graph)
+    body += _forward(graph, layout, draft)
+    head = [
+        f'"""{class_name}: a layer for PyTorch, written out by nasforge; it needs torch only."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        *["import torch"] * any("torch." in line for line in body),
+        "from torch import Tensor, nn",
+        "",
+    ]
+    return "\n".join([*head, *body]) + "\n"
+
+
+def _over(axes: str) -> str:
+    return "over_" + axes.replace("-", "_")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"""', "'''")
+
+
+def _constructor(graph: LayerGraph, channels: int | None, draft: _Draft) -> list[str]:
+    arguments = ["self", "channels: int" + (f" = {channels}" if channels is not None else "")]
+    grouped = bool({"over_group", "over_channel_group"} & draft.helpers)
+    if grouped:
+        sized = graph.group_size is not None
+        arguments.append(f"group_size: int = {graph.group_size}" if sized else f"groups: int = {graph.groups}")
+    buffers = buffer_names(graph)
+    if buffers and graph.momentum is not None:
+        arguments.append(f"momentum: float = {graph.momentum!r}")
+    lines = [f"    def __init__({', '.join(arguments)}):", "        super().__init__()"]
+    if grouped:
+        if graph.group_size is not None:
+            lines.append("        groups = max(1, channels // group_size)")
+        lines.append("        # The largest divisor of the channels that is not above `groups`.")
+        lines.append("        self.groups = max(g for g in range(1, min(groups, channels) + 1) if channels % g == 0)")
+    if buffers and graph.momentum is not None:
+        lines.append("        self.momentum = momentum")
+    for name in parameter_names(graph):
+        initial = "ones" if name in ("weight", "v1") else "zeros"
+        lines.append(f"        self.{name} = nn.Parameter(torch.{initial}(channels))")
+    for name in buffers.values():
+        lines.append(f'        self.register_buffer("{name}", torch.{_begin(name)}(channels))')
+    if buffers and graph.momentum is None:
+        lines.append('        self.register_buffer("num_batches_tracked", torch.tensor(0))')
+    return [*lines, ""]
+
+
+def _begin(buffer: str) -> str:
+    return "zeros" if buffer.startswith("running_mean") else "ones"
+
+
+def _tracking(graph: LayerGraph) -> list[str]:
+    share = "/ self.num_batches_tracked" if graph.momentum is None else "* self.momentum"
+    lines = [
+        "    def track(self, running: Tensor, moment: Tensor) -> None:",
+        '        """Move a running statistic towards that of the batch."""',
+        f"        running += (moment.detach().flatten() - running) {share}",
+        "",
+        "    def reset_running_stats(self) -> None:",
+        '        """Running statistics as they begin."""',
+    ]
+    for name in buffer_names(graph).values():
+        lines.append(f"        self.{name}.{'zero_()' if _begin(name) == 'zeros' else 'fill_(1)'}")
+    if graph.momentum is None:
+        lines.append("        self.num_batches_tracked.zero_()")
+    return [*lines, ""]
+
+
+def _forward(graph: LayerGraph, layout: str, draft: _Draft) -> list[str]:
+    body: list[str] = []
+    for item in draft.items:
+        if isinstance(item, str):
+            body.append(item)
+        else:
+            body += ["if self.training:", *("    " + line for line in item.training)]
+            body += ["else:", *("    " + line for line in item.evaluation), *item.after]
+    body.append(f"return {draft.result}")
+    first = layout == "channels-first"
+    names = parameter_names(graph)
+    used = "\n".join(body)
+    start = []
+    if first and draft.over_space:
+        start += ["if x.dim() < 3:", '    raise ValueError(f"expected [B, C, ...] with space, got {tuple(x.shape)}")']
+    if first and "space)" in used:
+        start.append("space = tuple(range(2, x.dim()))")
+    if names or "(shape)" in used:
+        start.append("shape = (1, -1) + (1,) * (x.dim() - 2)" if first else "shape = (1, 1, -1)")
+    start += [f"{name} = self.{name}.to(x.dtype).view(shape)" for name in names]
+    if graph.momentum is None and buffer_names(graph):
+        start += ["if self.training:", "    self.num_batches_tracked += 1"]
+    return ["    def forward(self, x: Tensor) -> Tensor:", *("        " + line for line in [*start, *body])]
