@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -63,14 +64,24 @@ def _parquet_classes(file: Path) -> tuple[str, ...]:
     """The class names that the Hugging Face writer keeps in the schema's metadata, or none."""
     import pyarrow.parquet
 
-    try:
+    with _parquet_errors(file):
         about = (pyarrow.parquet.read_schema(file).metadata or {}).get(b"huggingface", b"{}")
+    try:
         features = json.loads(about)["info"]["features"]
         return next((tuple(features[c]["names"]) for c in LABEL_COLUMNS if "names" in features.get(c, {})), ())
     except (KeyError, TypeError, ValueError):
         return ()
+
+
+@contextlib.contextmanager
+def _parquet_errors(file: Path) -> Iterator[None]:
+    """Whatever pyarrow finds wrong with a file, as a UserError."""
+    import pyarrow
+
+    try:
+        yield
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(str(file), f"a Parquet file ({error})") from None
+        raise UserError(str(file), f"a complete Parquet file ({' '.join(str(error).split())[:120]})") from None
 
 
 def _python_parts(folder: Path) -> dict[str, Part]:
@@ -146,21 +157,31 @@ def read_part(part: Part, *, name: str, channels: int, size: int | None, skip_br
 def _parquet_rows(files: Sequence[Path]) -> int:
     import pyarrow.parquet
 
-    return sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    rows = 0
+    for file in files:
+        with _parquet_errors(file):
+            rows += pyarrow.parquet.read_metadata(file).num_rows
+    return rows
 
 
 def _parquet_chunks(files: Sequence[Path]) -> Iterator[Chunk]:
     import pyarrow.parquet
 
     for file in files:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = table.schema_arrow.names
+        with _parquet_errors(file):
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = table.schema_arrow.names
         image = next((c for c in IMAGE_COLUMNS if c in columns), None)
         label = next((c for c in LABEL_COLUMNS if c in columns), None)
         if image is None or label is None:
             raise UserError(str(file), f"columns `image` and `label`; it has {', '.join(columns)}")
         row = 0
-        for batch in table.iter_batches(CHUNK, columns=[image, label]):
+        batches = table.iter_batches(CHUNK, columns=[image, label])
+        while True:
+            with _parquet_errors(file):
+                batch = next(batches, None)
+            if batch is None:
+                break
             entries, labels = batch.column(0).to_pylist(), batch.column(1).to_pylist()
             if None in labels:
                 raise UserError(f"{file.name}, row {row + labels.index(None)}", "a label")

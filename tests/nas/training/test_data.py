@@ -1,0 +1,417 @@
+"""Data sets: every source, the cache, splits, augmentation, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from nas.training import sources
+from nas.training.augment import CropFlip, batches, evaluation_batches
+from nas.training.data import load_data, stratified_split
+from search_spaces.common.errors import UserError
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_parquet(path: Path, images: list[bytes | None], labels: list[int], names=(), column="image") -> None:
+    entries = [None if b is None else {"bytes": b, "path": f"{k}.png"} for k, b in enumerate(images)]
+    table = pa.table({column: pa.array(entries, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))})
+    table = table.append_column("label", pa.array(labels, pa.int64()))
+    if names:
+        about = {"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def write_folder(root: Path, rng: np.random.Generator, classes=("cat", "dog"), count=6, shape=(8, 8, 3)) -> Path:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(root / name / f"{k}.png")
+    return root
+
+
+# -- CIFAR-10 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cifar(shared_table, tmp_path_factory):
+    """The first 400 training and 100 test images of the shared CIFAR-10, as Parquet with the column `img`."""
+    root = tmp_path_factory.mktemp("cifar") / "cifar10"
+    for part, count in (("train", 400), ("test", 100)):
+        rows = pq.ParquetFile(shared_table(f"cifar10/{part}.parquet")).iter_batches(count)
+        table = pa.Table.from_batches([next(rows)])
+        root.mkdir(exist_ok=True)
+        pq.write_table(table.rename_columns(["img", "label"]), root / f"{part}-00000-of-00001.parquet")
+    return root
+
+
+def pixels_of(root: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels read without the toolkit."""
+    table = pq.read_table(next(root.glob(f"{part}*.parquet")))
+    images = [np.asarray(Image.open(io.BytesIO(e["bytes"])).convert("RGB")) for e in table["img"].to_pylist()]
+    return np.stack(images).transpose(0, 3, 1, 2), table["label"].to_numpy()
+
+
+def as_set(*splits) -> set[tuple[bytes, int]]:
+    return {(i.numpy().tobytes(), int(y)) for s in splits for i, y in zip(s.images, s.labels, strict=True)}
+
+
+def test_cifar10_from_parquet_is_what_the_files_hold(cifar):
+    data = load_data("cifar10", root=cifar.parent, val_share=0.1)
+    images, labels = pixels_of(cifar, "train")
+    assert data.classes[3] == "cat"
+    assert data.shape == (3, 32, 32)
+    assert len(data.train) + len(data.val) == 400
+    assert as_set(data.train, data.val) == {(i.tobytes(), int(y)) for i, y in zip(images, labels, strict=True)}
+    assert len(as_set(data.test)) == 100
+    scaled = images / 255
+    assert data.mean == pytest.approx(scaled.mean((0, 2, 3)), abs=1e-12)
+    assert data.std == pytest.approx(scaled.std((0, 2, 3)), abs=1e-12)
+    assert data.normalize(torch.from_numpy(images)).mean((0, 2, 3)).abs().max() < 1e-5
+
+
+def test_pooling_is_the_average_rounded(cifar):
+    data = load_data("cifar10", root=cifar, size=16)
+    images, labels = pixels_of(cifar, "test")
+    exact = torch.nn.functional.avg_pool2d(torch.from_numpy(images).double(), 2)
+    order = np.random.default_rng(0).permutation(100)
+    assert data.shape == (3, 16, 16)
+    assert (data.test.labels.numpy() == labels[order]).all()
+    assert (data.test.images.double() - exact[order]).abs().max() <= 0.5
+
+
+def test_other_sizes_and_grey(cifar):
+    data = load_data("cifar10", root=cifar, size=12, channels=1)
+    assert data.shape == (1, 12, 12)
+    # Averaging in any grouping keeps the mean.
+    assert data.mean[0] == pytest.approx(load_data("cifar10", root=cifar, channels=1).mean[0], abs=0.003)
+
+
+def test_the_cache_is_used_until_the_file_changes(cifar, tmp_path, monkeypatch):
+    for file in cifar.glob("*.parquet"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    first = load_data("cifar10", root=tmp_path)
+
+    def refuse(*ignored):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(sources, "_decode", refuse)
+    again = load_data("cifar10", root=tmp_path)
+    assert torch.equal(first.train.images, again.train.images)
+    assert first.mean == again.mean
+    os.utime(next(tmp_path.glob("test*")), (1, 1))
+    with pytest.raises(AssertionError, match="decoded again"):
+        load_data("cifar10", root=tmp_path)
+
+
+def test_a_damaged_cache_is_made_again(cifar, tmp_path, monkeypatch):
+    monkeypatch.setenv("NASFORGE_HOME", str(tmp_path))
+    first = load_data("cifar10", root=cifar)
+    for file in (tmp_path / "cache" / "data").glob("*/images.npy"):
+        file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(load_data("cifar10", root=cifar).train.images, first.train.images)
+    assert not list((tmp_path / "cache" / "data").glob(".making-*"))
+
+
+def test_the_location_comes_from_the_environment(cifar, monkeypatch):
+    monkeypatch.setenv("NASFORGE_DATA", str(cifar.parent))
+    assert len(load_data("cifar10").test) == 100
+
+
+def python2_string(data: bytes) -> bytes:
+    return b"T" + struct.pack("<i", len(data)) + data
+
+
+def python2_batch(images: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as Python 2 pickled it: every string, the pixels included, is a byte string."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n"
+    array += b"(I%d\nI3072\nt" % len(images) + b"cnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\nI0\ntbI00\n"
+    array += python2_string(images.tobytes()) + b"tb"
+    listed = b"(" + b"".join(b"I%d\n" % label for label in labels) + b"l"
+    return b"\x80\x02(" + python2_string(b"data") + array + python2_string(b"labels") + listed + b"d."
+
+
+def test_cifar10_from_the_python_folder(cifar, tmp_path):
+    images, labels = pixels_of(cifar, "train")
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for k in range(5):
+        rows = slice(80 * k, 80 * k + 80)
+        (folder / f"data_batch_{k + 1}").write_bytes(
+            python2_batch(images[rows].reshape(80, 3072), labels[rows].tolist())
+        )
+    test_images, test_labels = pixels_of(cifar, "test")
+    (folder / "test_batch").write_bytes(
+        pickle.dumps({"data": test_images.reshape(-1, 3072), "labels": test_labels.tolist()}, protocol=2)
+    )
+    ours, theirs = load_data("cifar10", root=tmp_path, size=16), load_data("cifar10", root=cifar, size=16)
+    assert torch.equal(ours.train.images, theirs.train.images)
+    assert torch.equal(ours.val.labels, theirs.val.labels)
+    assert torch.equal(ours.test.images, theirs.test.images)
+    (folder / "data_batch_2").write_bytes(b"\x80\x02cos\nsystem\n(U\x04truetR.")
+    with pytest.raises(UserError, match=r"data_batch_2.*os\.system"):
+        load_data("cifar10", root=tmp_path)
+    (folder / "data_batch_2").unlink()
+    with pytest.raises(UserError, match="data_batch_2 is missing"):
+        load_data("cifar10", root=tmp_path)
+
+
+# -- folders and Parquet of one's own ----------------------------------------------------------------------------
+
+
+def test_an_image_folder(tmp_path, rng):
+    write_folder(tmp_path / "train", rng, count=10)
+    write_folder(tmp_path / "test", rng, count=3)
+    data = load_data(str(tmp_path))
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.val), len(data.test)) == (18, 2, 6)
+    for name, label in (("cat", 0), ("dog", 1)):
+        found = {i.numpy().tobytes() for i, y in zip(data.test.images, data.test.labels, strict=True) if y == label}
+        files = (tmp_path / "test" / name).glob("*")
+        assert found == {np.asarray(Image.open(f)).transpose(2, 0, 1).tobytes() for f in files}
+
+
+def test_images_of_many_shapes_need_a_size(tmp_path, rng):
+    write_folder(tmp_path / "a", rng, classes=("x",), shape=(20, 30, 3))
+    write_folder(tmp_path, rng, classes=("b",), shape=(24, 16))
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    with pytest.raises(UserError, match="one shape.*give a size"):
+        load_data(str(tmp_path))
+    assert load_data(str(tmp_path), size=8).shape == (3, 8, 8)
+    with pytest.raises(UserError, match="18: expected a size not above"):
+        load_data(str(tmp_path), size=18)
+
+
+def test_the_middle_square_is_kept(tmp_path):
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 2:6] = 200
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(5):
+            Image.fromarray(wide + k).save(tmp_path / name / f"{k}.png")
+    assert load_data(str(tmp_path), size=2).train.images.min() >= 200
+
+
+def test_broken_images_are_named_and_skipped_only_on_request(tmp_path, rng):
+    write_folder(tmp_path, rng, count=10)
+    (tmp_path / "cat" / "3.png").write_bytes(b"no image")
+    whole = (tmp_path / "dog" / "4.png").read_bytes()
+    (tmp_path / "dog" / "4.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"2 of 20 images.*3\.png.*4\.png") as found:
+        load_data(str(tmp_path))
+    assert "\n" not in str(found.value)
+    data = load_data(str(tmp_path), skip_broken=True)
+    assert len(data.train) + len(data.val) + len(data.test) == 18
+    assert len(data.broken) == 2
+    assert "3.png" in data.broken[0]
+
+
+def test_parquet_with_class_names_and_a_missing_image(tmp_path, rng):
+    images = [png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(20)]
+    write_parquet(tmp_path / "train.parquet", [*images, None], [k % 2 for k in range(21)], names=("ant", "bee"))
+    with pytest.raises(UserError, match=r"1 of 21 images.*row 20 \(no bytes\)"):
+        load_data(str(tmp_path))
+    data = load_data(str(tmp_path), skip_broken=True)
+    assert data.classes == ("ant", "bee")
+    assert len(data.test) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0, 1, 2, 7], ("a", "b", "c"), "'train label 7': expected labels from 0 to 2"),
+        ([0, 1, -1, 1], (), "'train label -1'"),
+        ([0, 1, 1, 0], ("a", "b", "c"), "\"class 'c'\": expected images of every class; 1 of 3"),
+        ([0, 0, 3, 3], (), "\"class '1'\""),
+        ([0, 0, 0, 0], (), "two classes or more"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, rng, labels, names, message):
+    images = [png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(4 * len(labels))]
+    write_parquet(tmp_path / "train.parquet", images, labels * 4, names=names)
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path))
+
+
+def test_parquet_without_the_columns(tmp_path):
+    pq.write_table(pa.table({"pixels": [1], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="columns `image` and `label`; it has pixels, label"):
+        load_data(str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UserError, match="a complete Parquet file"):
+        load_data(str(tmp_path))
+
+
+def test_a_damaged_parquet_file(tmp_path, rng):
+    images = [png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(20)]
+    write_parquet(tmp_path / "train.parquet", images, [k % 2 for k in range(20)])
+    whole = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(whole[:200] + b"\xff" * 300 + whole[500:])
+    with pytest.raises(UserError, match=r"train\.parquet|images that can be read"):
+        load_data(str(tmp_path))
+
+
+def test_names_that_are_none(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'digits'"):
+        load_data("digit")
+    with pytest.raises(UserError, match="a folder with cifar10.*--data-root"):
+        load_data("cifar10", root=tmp_path)
+    with pytest.raises(UserError, match="a share of validation"):
+        load_data("digits", val_share=1.0)
+
+
+# -- digits and objects ------------------------------------------------------------------------------------------
+
+
+def test_digits_test_images_never_depend_on_the_seed():
+    first, second = load_data("digits", seed=0), load_data("digits", seed=1)
+    assert first.shape == (1, 8, 8)
+    assert not first.flip
+    assert torch.equal(first.test.images, second.test.images)
+    assert not torch.equal(first.train.images, second.train.images)
+    assert len(first.train) + len(first.val) + len(first.test) == 1797
+    for part, share in ((first.test, 0.2), (first.val, 0.08)):
+        counts = torch.bincount(part.labels, minlength=10)
+        assert (counts - share * 179.7).abs().max() < 2
+    assert load_data("digits", size=4).shape == (1, 4, 4)
+
+
+OWN = {}
+
+
+class Pairs(torch.utils.data.Dataset):
+    classes = ("even", "odd")
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, k):
+        if k >= 20:
+            raise IndexError(k)
+        return torch.full((3, 8, 8), float(k)) + torch.eye(8), k % 2
+
+
+def arrays():
+    return OWN["arrays"]
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """This module under a name that `package.module:object` can reach."""
+    monkeypatch.setitem(sys.modules, "my.module", sys.modules[__name__])
+    return "my.module:"
+
+
+def test_a_dataset_of_ones_own(own):
+    data = load_data(own + "Pairs")
+    assert data.classes == ("even", "odd")
+    assert data.shape == (3, 8, 8)
+    assert (data.train.images[:, 0, 0, 1] % 2 == data.train.labels).all()
+
+
+def test_arrays_of_ones_own(own, rng):
+    images = rng.integers(0, 256, (30, 8, 6, 3), np.uint8)
+    OWN["arrays"] = images, np.arange(30) % 3
+    data = load_data(own + "arrays")
+    assert data.shape == (3, 8, 6)
+    OWN["arrays"] = {"train": (images, np.arange(30) % 3), "test": (images[:9], np.arange(9) % 3)}
+    assert torch.equal(
+        load_data(own + "arrays").test.images.sort(0).values,
+        torch.from_numpy(images[:9].transpose(0, 3, 1, 2).copy()).sort(0).values,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (np.where(np.arange(30)[:, None, None] == 4, np.nan, x), y), "train image 4.*NaN"),
+        (lambda x, y: (x, y[:-1]), "one label for each of 30 images"),
+        (lambda x, y: (x, y + 0.5), "whole numbers"),
+        (lambda x, y: (x[0], y), "images \\[N, C, H, W\\]"),
+        (lambda x, y: (x * 0, y), "images that differ"),
+        (lambda x, y: 3, "a torch Dataset"),
+        (lambda x, y: {"test": (x, y)}, "a mapping with `train`"),
+    ],
+)
+def test_objects_that_are_no_data(own, rng, change, message):
+    OWN["arrays"] = change(rng.standard_normal((30, 8, 8)), np.arange(30) % 3)
+    with pytest.raises(UserError, match=message):
+        load_data(own + "arrays")
+
+
+# -- splits, augmentation, batches -------------------------------------------------------------------------------
+
+
+def test_splits_are_stratified_and_repeatable(rng):
+    labels = rng.integers(0, 7, 1000)
+    kept, held = stratified_split(labels, 0.3, seed=5)
+    assert sorted([*kept, *held]) == list(range(1000))
+    for label in range(7):
+        assert (labels[held] == label).sum() == round(0.3 * (labels == label).sum())
+    again = stratified_split(labels, 0.3, seed=5)
+    assert (again[0] == kept).all()
+    assert (stratified_split(labels, 0.3, seed=6)[1] != held).any()
+    with pytest.raises(UserError, match="class 1.*two images or more"):
+        stratified_split(np.array([0, 0, 1]), 0.5, seed=0)
+
+
+def test_crop_and_flip_give_shifted_mirrored_images():
+    images = torch.arange(1, 101, dtype=torch.uint8).view(1, 1, 10, 10).repeat(300, 2, 1, 1)
+    out = CropFlip(padding=2)(images, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images[0], [2] * 4)
+    possible = {}
+    for dy in range(5):
+        for dx in range(5):
+            window = padded[:, dy : dy + 10, dx : dx + 10]
+            possible[window.numpy().tobytes()] = (dy, dx, False)
+            possible[window.flip(2).numpy().tobytes()] = (dy, dx, True)
+    drawn = [possible[image.contiguous().numpy().tobytes()] for image in out]  # KeyError: an image that cannot be
+    assert len(set(drawn)) == 50
+    assert 110 < sum(flip for _, _, flip in drawn) < 190
+    assert torch.equal(out, CropFlip(padding=2)(images, torch.Generator().manual_seed(0)))
+
+
+def test_an_epoch_has_every_image_once():
+    images, labels = torch.arange(50).view(50, 1, 1, 1).float(), torch.arange(50)
+    stream = batches(images, labels, 10, generator=torch.Generator().manual_seed(0))
+    epochs = [torch.cat([next(stream)[1] for _ in range(5)]) for _ in range(2)]
+    assert all(e.sort().values.tolist() == list(range(50)) for e in epochs)
+    assert not torch.equal(*epochs)
+    with pytest.raises(UserError, match="51: expected a batch size from 1"):
+        batches(images, labels, 51, generator=torch.Generator())
+    assert sum(len(y) for _, y in evaluation_batches(images, labels, 16)) == 50
+
+
+def test_batches_go_on_in_the_middle_of_an_epoch():
+    images, labels = torch.rand(50, 1, 8, 8), torch.arange(50)
+
+    def stream():
+        return batches(images, labels, 16, generator=torch.Generator().manual_seed(3), augment=CropFlip(1))
+
+    first, second = stream(), stream()
+    for _ in range(5):
+        next(first)
+    state = first.state_dict()
+    rest = [next(first) for _ in range(4)]
+    second.load_state_dict(state)
+    for (x, y), (other, label) in zip(rest, second, strict=False):
+        assert torch.equal(x, other)
+        assert torch.equal(y, label)
