@@ -35,7 +35,7 @@ def with_odd_guards(graph: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         if node.eps and rng.random() < 0.4:
             node = replace(node, eps=float(rng.choice([0.0, 1e-3, 1e-12, 0.1, 2.0, rng.random()])))
         elif node.op == "div" and rng.random() < 0.4:
-            node = replace(node, eps=1e-7)
+            node = replace(node, eps=float(rng.choice([0.0, 1e-7, 1e-5])))
         elif node.op == "exp" and rng.random() < 0.5:
             node = replace(node, clamp=float(rng.choice([30.0, -1.0, 2.5])))
         nodes.append(node)
@@ -242,6 +242,8 @@ def test_latex():
     )
     assert format_latex(parse_formula("x - v0 * -x")) == r"x - v_{0} \, \left(-x\right)"
     assert format_latex(parse_formula("sqrt(x) + sqrt(x^2)")) == r"\sqrt[\pm]{x} + \sqrt{x^{2}}"
+    assert format_latex(parse_formula("rsqrt(x)")) == r"\frac{1}{\sqrt{\left|x\right|}}"
+    assert format_latex(parse_formula("rsqrt(exp(x))")) == r"\frac{1}{\sqrt{\exp\left(x\right)}}"
     assert format_latex(parse_formula("sub(1, -x)")) == r"1 - \left(-x\right)"
     assert format_latex(parse_formula("(x / v0)^2")) == r"\left(\frac{x}{v_{0}}\right)^{2}"
 
