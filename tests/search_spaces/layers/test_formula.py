@@ -250,7 +250,8 @@ def test_latex():
 
 def test_latex_can_be_drawn(rng):
     """matplotlib's mathematics parser accepts it, with nothing left over."""
-    mathtext = pytest.importorskip("matplotlib.mathtext")
+    from matplotlib import mathtext
+
     parser = mathtext.MathTextParser("path")
     graphs = [layer(name) for name in names()] + live_graphs(rng, 60)
     for graph in graphs:
