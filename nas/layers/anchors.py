@@ -1,4 +1,4 @@
-"""Anchor networks: small image networks with a place for the searched layer, after Liu et al. 2020 (section 4).
+"""Anchor networks: small image networks with a place for the searched layer, in the manner of Liu et al. 2020.
 
 A factory `layer(channels)` gives what stands where a network has normalisation and activation; `last(channels)` what
 stands at the linear end of a residual branch, by default a weight and a bias per channel only.
@@ -53,9 +53,10 @@ def anchor(
 ) -> nn.Module:
     """The anchor `resnet`, `mobilenetv2`, `efficientnet` or `vit` around a layer.
 
-    layer: channels -> module for [B, C, H, W], for `vit` [B, N, C] (`layout_of`). width: channels of the first stage.
-    generator: of the weights (`initialize`); None starts one at seed 0. Inputs from 8x8 on; smaller ones raise
-    UserError, as does an unknown name.
+    layer: channels -> module for [B, C, H, W], for `vit` [B, N, C] (`layout_of`). last: in `mobilenetv2` and
+    `efficientnet`; the others have no linear ends. width: channels of the first stage. generator: of the weights
+    (`initialize`); None starts one at seed 0. Inputs from 8x8 on; smaller ones raise UserError, as does an unknown
+    name.
     """
     kind = ANCHORS[match(name, ANCHORS, "an anchor")]
     for value, what in ((width, "width"), (num_classes, "number of classes"), (in_channels, "number of channels")):

@@ -63,7 +63,7 @@ def quality(
     """Train for the recipe's steps (default 100) and reject below `times_chance` times the accuracy of guessing.
 
     doomed: stop early what does not begin to learn. The model is trained in place. Source: Liu et al. 2020
-    (arXiv 2004.02967), section 3.4: 100 steps and 20 % of validation accuracy on CIFAR-10.
+    (arXiv 2004.02967): 100 steps and 20 % of validation accuracy on CIFAR-10.
     Errors: UserError for a limit that no accuracy or every accuracy meets.
     """
     limit = 100 * times_chance / data.num_classes

@@ -43,7 +43,7 @@ def stability(
 
     The layer is rejected as soon as g exceeds `threshold` or is not finite (5 steps find most, 100 are the full test).
     images [B, C, H, W], labels [B]: one small batch. The model must be differentiable twice; it is left as it was,
-    buffers included, and runs in training mode. Source: Liu et al. 2020 (arXiv 2004.02967), section 3.4.
+    buffers included, and runs in training mode. Source: Liu et al. 2020 (arXiv 2004.02967).
     Errors: UserError for a model without parameters or a step count below 1.
     """
     if steps < 1:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,9 @@ def cached(name: str, key: Mapping[str, Any], make: Callable[[Path], Images]) ->
 
 
 def _write(entry: Path, make: Callable[[Path], Images]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+    temporary = entry.with_name(f".{entry.name}.making")  # under the entry's lock: what is there is a dead process's
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         made = make(temporary)
         if not (temporary / "images.npy").exists():

@@ -8,6 +8,8 @@ import os
 import pickle
 import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from PIL import Image
 
 from nas.training import sources
 from nas.training.augment import CropFlip, batches, evaluation_batches
+from nas.training.cache import Images, cached
 from nas.training.data import load_data, stratified_split
-from search_spaces.common.errors import UserError
+from search_spaces.common.errors import RunError, UserError
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -128,7 +131,28 @@ def test_a_damaged_cache_is_made_again(cifar, tmp_path, monkeypatch):
     for file in (tmp_path / "cache" / "data").glob("*/images.npy"):
         file.write_bytes(file.read_bytes()[:1000])
     assert torch.equal(load_data("cifar10", root=cifar).train.images, first.train.images)
-    assert not list((tmp_path / "cache" / "data").glob(".making-*"))
+    assert not list((tmp_path / "cache" / "data").glob(".*.making"))
+
+
+def test_processes_that_ask_at_once_wait_for_the_first(rng):
+    made = []
+
+    def make(folder: Path) -> Images:
+        made.append(folder)
+        time.sleep(0.2)
+        return Images(rng.integers(0, 256, (4, 1, 2, 2), np.uint8), np.arange(4))
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: cached("waiting", {"files": "same"}, make), range(4)))
+    assert len(made) == 1
+    assert all((f.images == found[0].images).all() for f in found)
+
+
+def test_a_cache_that_cannot_be_written(cifar, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NASFORGE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunError, match="could not be written"):
+        load_data("cifar10", root=cifar)
 
 
 def test_the_location_comes_from_the_environment(cifar, monkeypatch):
