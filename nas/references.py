@@ -26,6 +26,10 @@ class FoundArchitecture:
 def load_result(path: str | Path) -> SearchResult:
     """A run folder as the SearchResult that its search returned. Errors: UserError."""
     run = Run.open(path)
+    if run.settings.get("kind") == "layers":
+        from nas.layers.search import space_from
+
+        return SearchResult(run.settings, run.trials(), space_from(run.settings), run)
     if run.settings.get("kind") != "search":
         raise UserError(str(path), f"a search; this run is a {run.settings.get('kind')}")
     objectives = parse_objectives(run.settings["objectives"])

@@ -75,6 +75,7 @@ def run_report(result: SearchResult) -> str:
         *_best_section(result, summary),
         page.section("The search", page.plots(view.figures())),
         *_top_section(result, summary),
+        *_funnel_section(result),
         _failures_section(result.records),
         _settings_section(result),
     ]
@@ -172,8 +173,9 @@ def _best_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     best = summary.best
     if best is None:
         return []
-    facts: dict[str, object] = {"architecture": page.code(best.arch)}
-    if best.key != best.arch:
+    shown = _readable(result, best.arch)
+    facts: dict[str, object] = {"architecture": page.code(shown)}
+    if best.key != best.arch and shown == best.arch:
         facts["key"] = page.code(best.key)
     facts["trial"] = best.id if best.fidelity is None else f"{best.id}, {best.fidelity} epochs"
     facts |= {metric_words(name): format_metric(name, value) for name, value in _shown_metrics(best).items()}
@@ -188,6 +190,10 @@ def _best_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     except UserError:
         pass  # a space need not state costs
     return [page.section("The best architecture", *drawing, page.pairs(facts))]
+
+
+def _readable(result: SearchResult, text: str) -> str:
+    return result.space.readable(result.space.decode(text))
 
 
 def _shown_metrics(found: Found) -> dict[str, float]:
@@ -205,7 +211,7 @@ def _top_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     rows: list[list[object]] = []
     for found in summary.top:
         values = [format_metric(n, found.metrics.get(n), unit=False) for n in names]
-        rows.append([found.id, page.code(found.arch), *values])
+        rows.append([found.id, page.code(_readable(result, found.arch)), *values])
         if test is not None and test not in names:
             rows[-1].append(format_metric(test, found.test, unit=False))
     if test is not None and test not in names:
@@ -246,6 +252,14 @@ def _failures_section(records: Sequence[TrialRecord]) -> page.Markup:
         page.table(["trials", "message", "first trial"], rows, numbers=(2,), widest=1),
         more,
     )
+
+
+def _funnel_section(result: SearchResult) -> list[page.Markup]:
+    if result.settings.get("kind") != "layers":
+        return []
+    from nas.layers.report import funnel_section
+
+    return [funnel_section(result)]
 
 
 def _settings_section(result: SearchResult) -> page.Markup:

@@ -59,6 +59,10 @@ class SearchSpace(abc.ABC, Generic[A]):
         """All architectures one change away."""
         raise UserError(self.name, "a space with neighbours; this one defines none")
 
+    def readable(self, arch: A) -> str:
+        """One line for people, where the notation is made for machines."""
+        return self.encode(arch)
+
     def key(self, arch: A) -> str:
         """The published identity of `arch`: equal keys count as one architecture."""
         return self.encode(arch)

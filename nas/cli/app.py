@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import nas
-from nas.cli import bench, compare, doctor, lists, runs, search
+from nas.cli import bench, compare, doctor, layers, lists, runs, search
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
@@ -30,6 +30,7 @@ app.command("plot")(runs.plot)
 app.command("runs")(runs.runs)
 app.command("show")(runs.show)
 app.add_typer(bench.app, name="bench")
+app.add_typer(layers.app, name="layers")
 app.command("spaces")(lists.spaces)
 app.command("strategies")(lists.strategies)
 app.command("doctor")(doctor.doctor)

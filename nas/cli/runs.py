@@ -54,7 +54,7 @@ def show(
     output = Output("show", json, found.run.settings["seed"])
     space, record = found.space, found.record
     arch = space.decode(record.arch)
-    lines: dict = {"architecture": record.arch, "trial": record.id, "key": record.key}
+    lines: dict = {"architecture": space.readable(arch), "trial": record.id, "key": record.key}
     lines |= record.metrics or {}
     result = {"arch": record.arch, "key": record.key, "trial": record.id, "metrics": record.metrics}
     try:

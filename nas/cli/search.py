@@ -66,6 +66,12 @@ def resume(
     from nas.run import Run
 
     settings = dict(Run.open(run).settings)
+    if settings.get("kind") == "layers":
+        from nas.cli.layers import resume as resume_layers
+
+        settings["workers"] = workers or settings["workers"]
+        resume_layers(settings, Path(run), Output("resume", json, settings["seed"]))
+        return
     if settings.get("kind") != "search":
         raise UserError(run, f"a search; this run is a {settings.get('kind')}")
     settings["workers"] = workers or settings["workers"]

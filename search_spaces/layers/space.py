@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import match, nearest
 from search_spaces.graph import OpGraph
 from search_spaces.layers.filters import normalizes
+from search_spaces.layers.formula import format_formula
 from search_spaces.layers.graph import LEAVES, LayerGraph, Node, X, make_node
 from search_spaces.layers.identity import fingerprint
 from search_spaces.layers.mutations import FIRST, MUTATIONS, graft
@@ -162,15 +164,15 @@ class LayerSpace(SearchSpace[LayerGraph]):
         nodes = [self.draw_node(id, rng) for id in range(FIRST, FIRST + self.nodes)]
         for at, node in zip(places, layer.nodes, strict=True):
             nodes[at] = replace_inputs(node, tuple(ids[i] for i in node.inputs))
-        return LayerGraph(**{**vars_of(layer), "nodes": tuple(nodes), "output": FIRST + self.nodes - 1})
+        return replace(layer, nodes=tuple(nodes), output=FIRST + self.nodes - 1)
 
     def mutate(self, arch: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """One of `mutations`, or a random layer with probability `immigrants`; another graph, maybe the same layer."""
         if rng.random() >= self.immigrants:
             for _ in range(_TRIES):
                 kind = MUTATIONS[self.mutations[int(rng.integers(len(self.mutations)))]]
-                child = kind(arch, self, rng)
-                if child is not None and (child := _guarded(child)) != arch and self._admits(child):
+                changed = kind(arch, self, rng)
+                if changed is not None and (child := _guarded(changed)) != arch and self._admits(child):
                     return child
         while (child := self.sample(rng)) == arch:
             pass
@@ -195,7 +197,7 @@ class LayerSpace(SearchSpace[LayerGraph]):
         for id, node in arch.live_nodes:
             for other in self._variants(id, node):
                 nodes = (*arch.nodes[: id - FIRST], other, *arch.nodes[id - FIRST + 1 :])
-                graph = _guarded(LayerGraph(**{**vars_of(arch), "nodes": nodes}))
+                graph = _guarded(replace(arch, nodes=nodes))
                 if graph not in seen and self._admits(graph):
                     seen.add(graph)
                     yield graph
@@ -225,6 +227,10 @@ class LayerSpace(SearchSpace[LayerGraph]):
     def encode(self, arch: LayerGraph) -> str:
         """The graph's JSON in one line, dead nodes included."""
         return json.dumps(arch.to_json(), separators=(",", ":"))
+
+    def readable(self, arch: LayerGraph) -> str:
+        """The layer's formula, simplified."""
+        return format_formula(simplify(arch))
 
     def decode(self, text: str) -> LayerGraph:
         """Inverse of `encode`. Errors: UserError for what is no graph, too large, or of operations that the space
@@ -285,11 +291,6 @@ class LayerSpace(SearchSpace[LayerGraph]):
 
     def __repr__(self) -> str:
         return f"LayerSpace({', '.join(f'{name}={value!r}' for name, value in self.settings.items())})"
-
-
-def vars_of(graph: LayerGraph) -> dict[str, Any]:
-    """The fields of a graph, for a copy with some changed."""
-    return {name: getattr(graph, name) for name in LayerGraph.__dataclass_fields__}
 
 
 def _guarded(graph: LayerGraph) -> LayerGraph:
