@@ -44,8 +44,8 @@ def random_probe(
     dtype: type = np.float64,
 ) -> Probe:
     """x = scale * N(0, 1) + offset, v0 and v1 as a layer begins (0 and 1), and a normal direction of x if asked."""
-    x = (rng.standard_normal(shape) * scale + offset).astype(dtype)
-    dx = rng.standard_normal(shape).astype(dtype) if direction else None
+    x: Array = (rng.standard_normal(shape) * scale + offset).astype(dtype)
+    dx: Array | None = rng.standard_normal(shape).astype(dtype) if direction else None
     return Probe(x, np.zeros(shape[1], dtype), np.ones(shape[1], dtype), groups, dx)
 
 
@@ -186,7 +186,14 @@ _UNARY: dict[str, Callable[[Node, Array, Array | None], Dual]] = {
 
 # -- aggregates --------------------------------------------------------------------------------------------------
 
-_DIMS = {"batch": (0, 2), "layer": (1, 2), "instance": (2,), "group": (2,), "channel": (1,), "channel-group": ()}
+_DIMS: dict[str, tuple[int, ...]] = {
+    "batch": (0, 2),
+    "layer": (1, 2),
+    "instance": (2,),
+    "group": (2,),
+    "channel": (1,),
+    "channel-group": (),
+}
 
 
 def _mean(a: Array, axes: str, groups: int) -> Array:
@@ -194,7 +201,7 @@ def _mean(a: Array, axes: str, groups: int) -> Array:
     if axes in ("group", "channel-group") and a.shape[1] > 1:
         batch, channels, space = a.shape
         folded = a.reshape(batch, groups, channels // groups, space)
-        dims = (2, 3) if axes == "group" else (2,)
+        dims: tuple[int, ...] = (2, 3) if axes == "group" else (2,)
         size = channels // groups * (space if axes == "group" else 1)
         return np.repeat(np.add.reduce(folded, dims) / size, channels // groups, 1).reshape(batch, channels, -1)
     dims = _DIMS[axes]

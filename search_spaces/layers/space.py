@@ -153,7 +153,8 @@ class LayerSpace(SearchSpace[LayerGraph]):
 
     def embed(self, layer: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """The layer in exactly `nodes` nodes: its live ones at random places, the output last, random dead ones
-        between, so that a small layer can grow by mutation. Errors: UserError if it has too many or none."""
+        between, so that a small layer can grow by mutation; with the space's settings and its guards of divisions.
+        Errors: UserError if it has too many operations, none, or one that the space lacks."""
         layer = layer.compact()
         live = len(layer.nodes)
         if not 0 < live <= self.nodes:
@@ -164,7 +165,7 @@ class LayerSpace(SearchSpace[LayerGraph]):
         nodes = [self.draw_node(id, rng) for id in range(FIRST, FIRST + self.nodes)]
         for at, node in zip(places, layer.nodes, strict=True):
             nodes[at] = replace_inputs(node, tuple(ids[i] for i in node.inputs))
-        return replace(layer, nodes=tuple(nodes), output=FIRST + self.nodes - 1)
+        return self._layer(nodes, FIRST + self.nodes - 1)
 
     def mutate(self, arch: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """One of `mutations`, or a random layer with probability `immigrants`; another graph, maybe the same layer."""
@@ -183,7 +184,7 @@ class LayerSpace(SearchSpace[LayerGraph]):
         for _ in range(_TRIES):
             child = graft(first, second, rng)
             if child is not None and 0 < len(child.nodes) <= self.nodes:
-                child = _guarded(self.embed(child, rng))
+                child = self.embed(child, rng)
                 if self._admits(child):
                     return child
         return self.mutate(first, rng)
