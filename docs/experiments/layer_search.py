@@ -1,6 +1,6 @@
 """Evolution against the same funnel without evolution, on CIFAR-10 with small anchors; resumable, two runs at a time.
 
-    python docs/experiments/layer_search.py --data-root FOLDER --out runs/layer-search [--seeds 5] [--steps 200]
+    python docs/experiments/layer_search.py --data-root FOLDER --out runs/layer-search [--seeds 5] [--steps 100]
 
 FOLDER holds CIFAR-10's train.parquet and test.parquet. Both arms draw normalising layers of ten nodes from the 24
 primitives, refuse the same candidates for the same reasons, and spend the same number of training steps. Measurements
@@ -28,6 +28,7 @@ ARMS = {
 }
 OBJECTIVES = "val_acc,resnet_val_acc,mobilenetv2_val_acc"
 ANCHORS = ("resnet", "mobilenetv2")
+TIMES_CHANCE = 1.5  # twice chance after 100 steps rejects FRN and ReLU on mobilenetv2
 
 
 def run(arm: str, seed: int, root: str, steps: int, layers: int, out: Path) -> dict:
@@ -36,7 +37,7 @@ def run(arm: str, seed: int, root: str, steps: int, layers: int, out: Path) -> d
 
     torch.set_num_threads(1)
     strategy, settings = ARMS[arm]
-    evaluator = LayerEvaluator("cifar10", root, 16, ANCHORS, recipe=Recipe(steps=steps))
+    evaluator = LayerEvaluator("cifar10", root, 16, ANCHORS, recipe=Recipe(steps=steps), times_chance=TIMES_CHANCE)
     space = FilteredLayers(sampling="normalizing", group_size=4, immigrants=0.1, mutations=("replace", "rewire"))
     budget = Budget(simulated_seconds=float(layers * steps * len(ANCHORS)))
     result = search(
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--layers", type=int, default=75, help="budget: full trainings that the steps would pay for")
     given = parser.parse_args()
     tasks = [(arm, seed) for seed in range(given.seeds) for arm in ARMS]

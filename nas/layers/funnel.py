@@ -32,6 +32,7 @@ class FilteredLayers(LayerSpace):
         self.first = tuple(first)
         self._waiting = [layer(name, **_rules(self)) for name in reversed(self.first)]
         self._proposed: set[str] = set()
+        self._unfiltered = LayerSpace(**self.settings)
 
     def sample(self, rng: np.random.Generator) -> LayerGraph:
         """A known layer of `first` while there are any, then random admissible ones."""
@@ -39,15 +40,15 @@ class FilteredLayers(LayerSpace):
             known = self.embed(self._waiting.pop(), rng)
             self._proposed.add(self.key(known))
             return known
-        return self._admissible(lambda: super(FilteredLayers, self).sample(rng))
+        return self._admissible(lambda: self._unfiltered.sample(rng))
 
     def mutate(self, arch: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """An admissible mutant that was not proposed before."""
-        return self._admissible(lambda: super(FilteredLayers, self).mutate(arch, rng))
+        return self._admissible(lambda: self._unfiltered.mutate(arch, rng))
 
     def crossover(self, first: LayerGraph, second: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """An admissible child that was not proposed before."""
-        return self._admissible(lambda: super(FilteredLayers, self).crossover(first, second, rng))
+        return self._admissible(lambda: self._unfiltered.crossover(first, second, rng))
 
     def neighbors(self, arch: LayerGraph) -> Iterator[LayerGraph]:
         """The admissible neighbours; those proposed before are among them, as their scores are known."""
