@@ -20,7 +20,9 @@ app = typer.Typer(
 Data = Annotated[str, typer.Option("--data", help="digits, cifar10, a folder, or package.module:object.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where the files of named data lie.")]
 Size = Annotated[int | None, typer.Option("--size", help="Average images down to this size.")]
-Anchors = Annotated[str, typer.Option("--anchors", help="resnet, mobilenetv2, efficientnet or vit; commas between.")]
+Anchors = Annotated[
+    str, typer.Option("--anchors", help="resnet, mobilenetv2, efficientnet, vgg or vit; commas between.")
+]
 Steps = Annotated[int, typer.Option("--steps", help="Training steps in each anchor.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="Its highest value.")]
 GroupSize = Annotated[

@@ -220,6 +220,16 @@ def _efficientnet(layer: LayerFactory, last: LayerFactory, width: int, classes: 
     return Anchor("efficientnet", stem, blocks, head, 8 * w, classes)
 
 
+def _vgg(layer: LayerFactory, last: LayerFactory, width: int, classes: int, channels: int) -> nn.Module:
+    """Five plain 3x3 convolutions, each with the layer, no residuals (after Simonyan and Zisserman, ICLR 2015)."""
+    w = width
+    blocks: list[nn.Module] = [
+        nn.Sequential(_conv(i, o, 3, s), layer(o))
+        for i, o, s in ((w, 2 * w, 2), (2 * w, 2 * w, 1), (2 * w, 4 * w, 2), (4 * w, 4 * w, 1))
+    ]
+    return Anchor("vgg", nn.Sequential(_conv(channels, w, 3), layer(w)), blocks, nn.Identity(), 4 * w, classes)
+
+
 # -- transformer -------------------------------------------------------------------------------------------------
 
 PATCH = 4
@@ -294,5 +304,6 @@ ANCHORS: dict[str, AnchorKind] = {
     "resnet": AnchorKind(_resnet, "channels-first", 8),
     "mobilenetv2": AnchorKind(_mobilenetv2, "channels-first", 8),
     "efficientnet": AnchorKind(_efficientnet, "channels-first", 8),
+    "vgg": AnchorKind(_vgg, "channels-first", 8),
     "vit": AnchorKind(_vit, "tokens", 8),
 }

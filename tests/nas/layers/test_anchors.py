@@ -27,7 +27,7 @@ def native(name: str):
 
 
 # Parameters in thousands as published with the measurements that these anchors are to repeat; own choice for vit.
-@pytest.mark.parametrize(("name", "thousands"), [("resnet", 20), ("mobilenetv2", 9), ("efficientnet", 12)])
+@pytest.mark.parametrize(("name", "thousands"), [("resnet", 20), ("mobilenetv2", 9), ("efficientnet", 12), ("vgg", 18)])
 def test_parameter_counts(name, thousands):
     count = sum(p.numel() for p in anchor(name, native(name)).parameters())
     assert round(count / 1000) == thousands
