@@ -10,13 +10,15 @@ import torch
 from layer_reference import live_graphs
 from torch.autograd.functional import jvp
 
+from search_spaces.layers import identity
 from search_spaces.layers.catalog import layer
 from search_spaces.layers.duals import Probe, evaluate_dual
 from search_spaces.layers.evaluate import evaluate
 from search_spaces.layers.filters import static
 from search_spaces.layers.formula import parse_formula
-from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.graph import ZERO, LayerGraph, X, make_node
 from search_spaces.layers.identity import _quantised, fingerprint
+from search_spaces.layers.ops import ELEMENTWISE
 from search_spaces.layers.simplify import simplify
 from search_spaces.layers.space import LayerSpace
 
@@ -62,6 +64,16 @@ def test_duals_are_torch_s_values_and_derivatives(primitives):
             for found, reference in zip((np.broadcast_to(value, x.shape), change), expected, strict=True):
                 np.testing.assert_allclose(found, reference.numpy(), rtol=1e-9, atol=1e-9 * (1 + np.abs(found).max()))
     assert compared > 220
+
+
+@pytest.mark.parametrize("name", ["log", "sqrt", "abs", "rsqrt", "max", "min", "div", "softplus"])
+def test_derivatives_at_kinks_are_torch_s(name):
+    graph = LayerGraph((make_node(name, (X, ZERO) if ELEMENTWISE[name].arity == 2 else (X,)),), 4, affine=False)
+    x, dx = np.zeros((1, 2, 3)), np.ones((1, 2, 3))
+    value, change = evaluate_dual(graph, Probe(x, np.zeros(2), np.ones(2), 1, dx))
+    expected = jvp(lambda x: evaluate(graph, x), torch.from_numpy(x), torch.from_numpy(dx))
+    np.testing.assert_allclose(value, expected[0].numpy())
+    np.testing.assert_allclose(change, expected[1].numpy())
 
 
 def test_half_precision_statistics_are_single_precision():
@@ -153,6 +165,17 @@ def test_settings_count_where_they_matter():
     group = parse_formula("x / std[group](x)")
     assert key(group, groups=1) == key(whole)
     assert key(group, group_size=1) == key(single)
+
+
+def test_derivatives_count(monkeypatch):
+    graph, before = layer("evonorm-s0"), fingerprint(layer("evonorm-s0"))
+
+    def twice_as_steep(graph: LayerGraph, probe: Probe):
+        value, change = evaluate_dual(graph, probe)
+        return value, None if change is None else 2 * change
+
+    monkeypatch.setattr(identity, "evaluate_dual", twice_as_steep)
+    assert fingerprint(graph) != before
 
 
 def test_dead_nodes_and_order_do_not_count(valid):

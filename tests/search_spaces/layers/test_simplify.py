@@ -231,8 +231,15 @@ def test_a_quotient_is_one_only_where_it_never_vanishes():
     one = simplify(LayerGraph((make_node("exp", (X,)), Node("div", (4, 4))), 5))
     assert one.nodes == (Node("exp", (ZERO,)),)
     for node in (Node("abs", (X,)), Node("mean", (X,), "layer"), Node("tanh", (X,))):
-        graph = LayerGraph((node, make_node("div", (4, 4))), 5)
-        assert simplify(graph) == graph
+        for quotient in (
+            make_node("div", (4, 4)),
+            Node("div", (4, 4)),
+            Node("div", (ZERO, 4)),
+            make_node("div", (ZERO, 4)),
+        ):
+            graph = LayerGraph((node, quotient), 5)
+            vanishes = quotient.eps > 0 and quotient.inputs[0] == ZERO
+            assert simplify(graph) == (LayerGraph((), ZERO) if vanishes else graph)
 
 
 KEPT = [
