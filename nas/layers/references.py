@@ -9,7 +9,7 @@ from search_spaces.common.errors import UserError
 from search_spaces.common.names import nearest
 from search_spaces.layers.catalog import layer, names
 from search_spaces.layers.formula import parse_formula
-from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.graph import LayerGraph, X
 
 
 def find_layer(text: str, **rules: Any) -> LayerGraph:
@@ -17,6 +17,13 @@ def find_layer(text: str, **rules: Any) -> LayerGraph:
 
     rules: settings of the graph (group_size, ...) for names and formulas. Errors: UserError.
     """
+    graph = _find(text, rules)
+    if X not in graph.live:
+        raise UserError(text, "a layer whose output depends on x")
+    return graph
+
+
+def _find(text: str, rules: dict[str, Any]) -> LayerGraph:
     from nas.references import find_architecture
     from nas.run import Run
 
