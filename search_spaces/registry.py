@@ -16,6 +16,7 @@ SPACES = {
     "nas-bench-graph": "search_spaces.cells.nas_bench_graph:NasBenchGraph",
     "nas-bench-graph-proteins": "search_spaces.cells.nas_bench_graph:NasBenchGraphProteins",
     "darts": "search_spaces.cells.darts:Darts",
+    "layers": "search_spaces.layers.space:LayerSpace",
 }
 
 

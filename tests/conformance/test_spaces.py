@@ -18,7 +18,7 @@ from search_spaces.choice import find_choices, select, selected_state_dict
 from search_spaces.layered import with_layers
 
 IMAGE, GRAPH = {"in_channels": 2, "num_classes": 7}, {"in_features": 6, "num_classes": 7}
-SMALL: dict[str, dict[str, Any]] = {  # arguments of `build` and `cost` that make small networks
+SMALL: dict[str, dict[str, Any]] = {  # arguments of `build` and `cost` that make small networks, of spaces of networks
     "nas-bench-101": {**IMAGE, "channels": 6, "cells_per_stage": 1},
     "nas-bench-201": {**IMAGE, "channels": 4, "cells_per_stage": 1},
     "nats-size": {**IMAGE, "stem_stride": 2},
@@ -67,6 +67,8 @@ PRODUCTS = [
     if case.name in ("nas-bench-201", "darts", "nas-bench-graph")
 ]
 every_space = pytest.mark.parametrize("case", PLAIN + PRODUCTS, ids=lambda case: case.name)
+every_network = pytest.mark.parametrize("case", [c for c in PLAIN + PRODUCTS if c.net], ids=lambda case: case.name)
+plain_network = pytest.mark.parametrize("case", [c for c in PLAIN if c.net], ids=lambda case: case.name)
 plain_space = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 
 
@@ -165,7 +167,7 @@ def test_keys_and_codes_belong_to_the_architecture(case):
     assert case.space.codes([]).shape == (0,)
 
 
-@plain_space
+@plain_network
 def test_equal_function_keys_do_equal_work(case):
     classes: dict[str, set[int]] = {}
     for arch in case.archs(3):
@@ -213,7 +215,7 @@ def counted_macs(network: nn.Module, inputs: tuple[torch.Tensor, ...], on_graphs
     return total
 
 
-@every_space
+@every_network
 def test_costs_are_those_of_the_built_network(case):
     for arch in case.archs(6):
         cost = case.cost(arch)
@@ -225,7 +227,7 @@ def test_costs_are_those_of_the_built_network(case):
         assert cost["live_macs"] <= cost["macs"]
 
 
-@every_space
+@every_network
 def test_default_networks_have_their_cost_s_parameters(case):
     arch = case.archs(1, seed=5)[0]
     with torch.device("meta"):
@@ -233,7 +235,7 @@ def test_default_networks_have_their_cost_s_parameters(case):
     assert case.space.cost(arch)["params"] == sum(p.numel() for p in network.parameters())
 
 
-@every_space
+@every_network
 def test_networks_run_forward_backward_and_by_parts(case):
     inputs = case.inputs()
     for arch in case.archs(3):
@@ -267,7 +269,7 @@ class MarkedAct(MarkedNorm):
     """The same for activations."""
 
 
-@plain_space
+@plain_network
 def test_factories_replace_every_normalisation_and_activation(case):
     standard = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish)
     for arch in case.archs(3):
@@ -297,7 +299,7 @@ def test_choices_contain_every_network(case):
             torch.testing.assert_close(network(*case.inputs()), supernet(*case.inputs()))
 
 
-@every_space
+@every_network
 def test_unknown_scales_are_refused_with_the_nearest(case):
     known = "hidden" if case.on_graphs else next(name for name in case.net if name not in IMAGE)
     with pytest.raises(UserError) as caught:
