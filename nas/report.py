@@ -159,7 +159,10 @@ def _figures(result: SearchResult, summary: Summary) -> dict[str, str]:
     shown["queries"] = f"{summary.queries:,}"
     clock = simulated_seconds(result.records)
     if clock.any():
-        shown["simulated time"] = format_seconds(float(clock[-1]))
+        if _counts_steps(result):
+            shown["training steps"] = format_count(float(clock[-1]))
+        else:
+            shown["simulated time"] = format_seconds(float(clock[-1]))
     times = [t for r in result.records for t in (r.asked_at, r.told_at) if t]
     if times:
         shown["wall time"] = format_seconds(max(times) - min(times))
@@ -178,7 +181,7 @@ def _best_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     if best.key != best.arch and shown == best.arch:
         facts["key"] = page.code(best.key)
     facts["trial"] = best.id if best.fidelity is None else f"{best.id}, {best.fidelity} epochs"
-    facts |= {metric_words(name): format_metric(name, value) for name, value in _shown_metrics(best).items()}
+    facts |= {metric_words(name): format_metric(name, value) for name, value in _shown_metrics(result, best).items()}
     drawing: list[object] = []
     try:
         arch = result.space.decode(best.arch)
@@ -196,7 +199,14 @@ def _readable(result: SearchResult, text: str) -> str:
     return result.space.readable(result.space.decode(text))
 
 
-def _shown_metrics(found: Found) -> dict[str, float]:
+def _counts_steps(result: SearchResult) -> bool:
+    """Whether the run's clock counts training steps instead of seconds."""
+    return result.settings.get("kind") == "layers"
+
+
+def _shown_metrics(result: SearchResult, found: Found) -> dict[str, float]:
+    if _counts_steps(result):
+        return {k: v for k, v in found.metrics.items() if k != "cost_seconds"}
     return {k: v for k, v in found.metrics.items() if k != "cost_seconds"} | {
         k: v for k, v in found.metrics.items() if k == "cost_seconds"
     }
@@ -205,7 +215,7 @@ def _shown_metrics(found: Found) -> dict[str, float]:
 def _top_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     if not summary.top:
         return []
-    names = list(_shown_metrics(summary.top[0]))
+    names = list(_shown_metrics(result, summary.top[0]))
     test = summary.table.test_metric if summary.table is not None else None
     headings = ["trial", "architecture", *map(metric_label, names)]
     rows: list[list[object]] = []
@@ -304,7 +314,7 @@ class _View:
         """The curve over queries and over the simulated clock, and a scatter for every pair with the primary."""
         primary = metric_words(self.summary.objectives[0].name)
         shown = [page.figure(plots.svg(self.curve(), "curve"), f"Best {primary} against the number of queries.")]
-        if simulated_seconds(self.told).any():
+        if simulated_seconds(self.told).any() and not _counts_steps(self.result):
             svg = plots.svg(self.curve(clock=True), "clock")
             shown.append(page.figure(svg, "The same against the simulated time that the trials would have taken."))
         for place, (first, second) in enumerate(self._pairs()):

@@ -82,11 +82,10 @@ def draw_graph(
     and dashed unless coloured. Cells (`parts`) get a panel each; what crosses between them appears there as a port.
     Errors: UserError for a node or edge that the graph does not have.
     """
-    from search_spaces.graph import live
 
     style = _Style(
         graph,
-        live(graph),
+        _with_effect(graph),
         _by_node(node_colors, len(graph), "node_colors"),
         dict(edge_colors or {}),
         _by_node(node_labels, len(graph), "node_labels"),
@@ -97,6 +96,19 @@ def draw_graph(
     names = _panel_names(graph)
     panels = [_panel(graph, style, name if len(names) > 1 else None) for name in names]
     return _page(panels, names if len(names) > 1 else [], title)
+
+
+def _with_effect(graph: OpGraph) -> np.ndarray:
+    """bool [n]: live nodes, and constants and parameters (nodes without inputs) with all that they feed live nodes."""
+    from search_spaces.graph import OpGraph, live
+
+    sources = ~graph.adjacency.any(axis=0)
+    sources[[0, -1]] = False
+    if not sources.any():
+        return live(graph)
+    adjacency = graph.adjacency.copy()
+    adjacency[0] |= sources  # as if they came from the input
+    return live(OpGraph(graph.ops, adjacency, graph.parts))
 
 
 def _by_node(values: Mapping[int, str] | Sequence[str | None] | None, n: int, name: str) -> dict[int, str]:
