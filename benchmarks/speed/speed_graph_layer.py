@@ -3,8 +3,9 @@
     python -m benchmarks.speed.speed_graph_layer [--json] [--device cuda] [--rounds 40]
 
 The hand-written layer takes its variance in two passes, which is the faster way on CPUs; the same with torch.var
-stands beside it. All candidates take turns inside one round, so that a machine's mood hits them alike; the ratios are
-medians over rounds of a candidate's time by the hand-written layer's in the same round.
+stands beside it. All candidates take turns inside one round, so that a machine's mood hits them alike; a time is the
+fastest fifth's upper bound over the rounds. On CPUs one thread is timed by the processor's clock, which other processes
+do not advance.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class HandWritten(nn.Module):
     def __init__(self, channels: int, groups: int, use_var: bool = False):
         super().__init__()
         self.groups, self.use_var = groups, use_var
-        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.v = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.v = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         grouped = x.reshape(x.shape[0], self.groups, -1)
@@ -43,7 +44,8 @@ class HandWritten(nn.Module):
         else:
             variance = (grouped - grouped.mean(2, keepdim=True)).square().mean(2, keepdim=True)
         std = (variance + EPS).sqrt().expand(-1, -1, x.shape[1] // self.groups).reshape(*x.shape[:2], 1, 1)
-        return x * torch.sigmoid(self.v * x) / std * self.weight + self.bias
+        weight, bias, v = (p.view(1, -1, 1, 1) for p in (self.weight, self.bias, self.v))
+        return x * torch.sigmoid(v * x) / std * weight + bias
 
 
 def evonorm_s0() -> LayerGraph:
@@ -68,12 +70,13 @@ def exported(graph: LayerGraph, channels: int) -> nn.Module:
 def seconds(layer: nn.Module, x: Tensor, repeats: int) -> float:
     """The time of `repeats` forward and backward passes."""
     synchronise: Callable[[], None] = torch.cuda.synchronize if x.is_cuda else (lambda: None)
+    clock = time.perf_counter if x.is_cuda else time.process_time
     synchronise()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         layer(x).sum().backward()
     synchronise()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def measure(shape: tuple[int, ...], device: str, rounds: int) -> dict[str, float]:
@@ -96,11 +99,9 @@ def measure(shape: tuple[int, ...], device: str, rounds: int) -> dict[str, float
         names = list(layers)
         for name in names[index % 4 :] + names[: index % 4]:
             times[name].append(seconds(layers[name], x, repeats) / repeats)
-    reference = times["hand-written"]
-    figures = {"hand-written (ms)": statistics.median(reference) * 1e3}
-    for name in list(layers)[1:]:
-        figures[f"{name} (ratio)"] = statistics.median(t / r for t, r in zip(times[name], reference, strict=True))
-    return figures
+    typical = {name: statistics.quantiles(found, n=5)[0] for name, found in times.items()}
+    reference = typical.pop("hand-written")
+    return {"hand-written (ms)": reference * 1e3} | {f"{n} (ratio)": t / reference for n, t in typical.items()}
 
 
 def main() -> None:
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=40)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     found = {"x".join(map(str, shape)): measure(shape, arguments.device, arguments.rounds) for shape in SHAPES}
     if arguments.json:
         print(json.dumps(found))

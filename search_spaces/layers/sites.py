@@ -58,7 +58,9 @@ def channels_of(norm: nn.Module) -> tuple[int, str]:
         return norm.num_channels, "channels-first"
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
         shape = norm.normalized_shape
-        return int(shape[0]), "tokens" if len(shape) == 1 else "channels-first"
+        # torchvision's and timm's LayerNorm2d take the channels first.
+        last = len(shape) == 1 and "2d" not in type(norm).__name__.lower()
+        return int(shape[0]), "tokens" if last else "channels-first"
     return int(norm.num_features), "channels-first"  # type: ignore[arg-type]
 
 

@@ -100,6 +100,12 @@ class _Draft:
         self.names[name] = self.names.get(name, 0) + 1
         return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
 
+    def name(self, id: int) -> None:
+        """Give the value a line and a name of its own."""
+        name = self.fresh(WORDS[self.graph.node(id).op])
+        self.items.append(f"{name} = {self.text[id]}")
+        self.put(id, name)
+
     def tensor(self, id: int) -> str:
         """The value's expression as a tensor where a plain number will not do."""
         if id not in self.constants:
@@ -139,12 +145,12 @@ def _draft(graph: LayerGraph, layout: str) -> _Draft:
             spread = shapes[node.inputs[0]].channel
             _put_aggregate(draft, id, node, spread, buffers.get(id))
         else:
+            if len(node.inputs) == 2 and sum(len(draft.text[source]) for source in node.inputs) > LONGEST:
+                draft.name(max(node.inputs, key=draft.size.__getitem__))
             _put_elementwise(draft, id, node)
             large = draft.size[id] > LARGEST or len(draft.text[id]) > LONGEST
             if uses.get(id, 0) > 1 or id in reduced or (large and id != graph.output):
-                name = draft.fresh(WORDS[node.op])
-                draft.items.append(f"{name} = {draft.text[id]}")
-                draft.put(id, name)
+                draft.name(id)
     _put_result(draft, shapes[graph.output].full)
     return draft
 

@@ -34,6 +34,7 @@ class Block(nn.Module):
         self.relu1 = self.relu2 = nn.ReLU(inplace=True)
         if kind == "own":
             self.relu2 = nn.ReLU()
+        self.dropout = nn.Dropout(0.0)
         self.downsample = None
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
@@ -41,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x):
         first, second = (F.relu, F.relu) if self.kind == "functional" else (self.relu1, self.relu2)
         out = first(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
+        out = self.dropout(self.bn2(self.conv2(out)))
         out += x if self.downsample is None else self.downsample(x)
         return second(out)
 
@@ -63,14 +64,14 @@ class ResNet(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """BN, ReLU, convolution twice and a shortcut; BN, ReLU, pooling at the end."""
+    """BN, ReLU, convolution twice and a shortcut; BN, ReLU, dropout, pooling at the end."""
 
     def __init__(self):
         super().__init__()
         self.bn1, self.act1, self.conv1 = nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)
         self.bn2, self.act2, self.conv2 = nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)
         self.final, self.act = nn.BatchNorm2d(6), nn.ReLU()
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+        self.head = nn.Sequential(nn.Dropout(0.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
     def forward(self, x):
         out = self.conv1(self.act1(self.bn1(x)))
@@ -241,6 +242,16 @@ def test_other_normalisations_and_their_layouts():
     ]
     assert (changed[8].layout, changed[5].layout) == ("tokens", "channels-first")
     assert changed(torch.randn(2, 4, 8)).shape == (2, 8, 12)
+
+
+def test_layer_norm_of_images_takes_channels_first():
+    class LayerNorm2d(nn.LayerNorm):  # as torchvision's
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    changed, _ = replace_norm_act(nn.Sequential(LayerNorm2d(6), nn.ReLU()), layer("evonorm-s0"))
+    assert changed[0].layout == "channels-first"
+    assert changed(torch.randn(2, 6, 3, 3)).shape == (2, 6, 3, 3)
 
 
 def test_factories_patterns_and_activations_of_ones_own():

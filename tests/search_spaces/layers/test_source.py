@@ -12,7 +12,7 @@ from layer_reference import live_graphs
 
 from search_spaces.common.errors import UserError
 from search_spaces.layers.catalog import layer, names
-from search_spaces.layers.formula import format_formula
+from search_spaces.layers.formula import format_formula, parse_formula
 from search_spaces.layers.graph import LayerGraph, make_node
 from search_spaces.layers.module import GraphLayer
 from search_spaces.layers.source import to_source
@@ -83,6 +83,13 @@ def graphs(request) -> list[tuple[LayerGraph, str]]:
 
     rng = np.random.default_rng(5)
     found = [(layer(name), "tokens" if name.endswith("tokens") else "channels-first") for name in names()]
+    nested = (  # where brackets matter
+        "sub(x, sub(v0, tanh(x))) / (v1 / exp(x))",
+        "-(x + v0) * -(tanh(x) - v1) / (v0 * (x / sigmoid(x)))",
+        "abs(-x) - (v0 - (-(x * v1))^2) + (sub(v1, x) + (-1) * x)",
+        "rsqrt(-x) * (x / (x + 1)) - min(max(x - 1, -v0), 1 + 1)",
+    )
+    found += [(parse_formula(formula), "channels-first") for formula in nested]
     for layout, primitives in (("channels-first", "extended"), ("channels-first", "evonorm24"), ("tokens", "extended")):
         found += [(g, layout) for g in live_graphs(rng, 12, primitives, groups=5)]
         settings = {"momentum": None, "unbiased": True, "affine": False, "group_size": 4}
