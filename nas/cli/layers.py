@@ -286,6 +286,41 @@ def show(
 
 
 @app.command()
+def replace(
+    layer: LayerName,
+    model: Annotated[str, typer.Option(help="package.module:factory, a function that makes a torch model.")],
+    lone: Annotated[
+        str, typer.Option(help="Normalisations without activation: keep, layer, affine, norm-only.")
+    ] = "keep",
+    last: Annotated[str, typer.Option(help="The last one of a residual block.")] = "affine",
+    final: Annotated[str, typer.Option(help="The one before the global pooling.")] = "layer",
+    group_size: Annotated[int | None, typer.Option(help="Channels in a group, for names and formulas.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Show what `replace_norm_act` does to a model of your own: each normalisation, and what becomes of it."""
+    from torch import nn
+
+    from nas.layers.references import find_layer
+    from search_spaces.common.names import load_object
+    from search_spaces.layers.replace import ReplacePolicy, replace_norm_act
+
+    output = Output("layers replace", json)
+    graph = find_layer(layer, **({"group_size": group_size} if group_size else {}))
+    policy = ReplacePolicy(lone=lone, last=last, final=final)
+    factory = load_object(model, "a function that makes a torch model")
+    made = factory if isinstance(factory, nn.Module) else factory() if callable(factory) else None
+    if not isinstance(made, nn.Module):
+        raise UserError(model, "a torch model, or a function that makes one")
+    _, report = replace_norm_act(made, graph, policy=policy)
+    rows = [[r.norm, r.act, r.place, r.channels, r.action, r.reason] for r in report]
+    output.table(["normalisation", "activation", "place", "channels", "becomes", "because"], rows)
+    replaced = sum(r.replaced for r in report)
+    output.say(f"\n{replaced} of {len(report)} replaced")
+    keys = ("norm", "act", "place", "channels", "action", "reason")
+    output.finish({"replaced": replaced, "places": [dict(zip(keys, row, strict=True)) for row in rows]})
+
+
+@app.command()
 def export(
     layer: LayerName,
     to: Annotated[Path, typer.Option(help="The .py file to write, or .json for the graph.")],

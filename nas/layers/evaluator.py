@@ -15,6 +15,7 @@ from nas.layers.anchors import anchor, check_size, layout_of
 from nas.layers.cache import cached_result
 from nas.layers.cost import activation_bytes, step_milliseconds
 from nas.layers.quality import Doomed, verdict
+from nas.layers.signal import signal
 from nas.layers.stability import stability
 from nas.training.data import Dataset, load_data
 from nas.training.loop import train
@@ -31,18 +32,19 @@ STABILITY_BATCH = 8
 
 @dataclass(frozen=True)
 class LayerEvaluator:
-    """The stages of the funnel that train: stability, then proxy training with a quality limit on every anchor.
+    """The dear end of the funnel: signal propagation, stability, proxy training with a quality limit on every anchor.
 
     data, root, size: the images (`load_data`). anchors: their names, the first one sees every candidate and stops
     what does not begin to learn. width: channels of an anchor's first stage. recipe: the proxy training.
-    stability_steps: of the gradient-norm ascent, 0 for none. times_chance: an anchor must reach so many times the
+    signal: whether noise is sent through a deep residual network first. stability_steps: of the gradient-norm ascent, 0
+    for none. times_chance: an anchor must reach so many times the
     accuracy of guessing. train_seed: of weights and data order, the same for all layers, so that differences are
     the layers'. measure: further metrics, of MEASURES. cache: whether results are kept and shared
     ($NASFORGE_HOME/cache/layers.sqlite).
 
     Metrics: `val_acc`, the mean over anchors; `<anchor>_val_acc`; `<anchor>_train_loss` (mean over the last half);
     `cost_seconds`, which counts training steps, so that budgets do not depend on the machine.
-    Raises Rejected with `unstable`, `non_finite` or `low_accuracy`.
+    Raises Rejected with `no_signal`, `unstable`, `non_finite` or `low_accuracy`.
     """
 
     data: str = "digits"
@@ -51,6 +53,7 @@ class LayerEvaluator:
     anchors: tuple[str, ...] = ("resnet",)
     width: int = 8
     recipe: Recipe = field(default_factory=Recipe)
+    signal: bool = True
     stability_steps: int = 5
     times_chance: float = 2.0
     train_seed: int = 0
@@ -95,6 +98,8 @@ class LayerEvaluator:
         layer = fingerprint(arch)
         cost = 0.0
         metrics: dict[str, float] = {}
+        if self.signal and (reason := self._signal(arch)) is not None:
+            raise Rejected(reason, cost)
         if self.stability_steps:
             found = self._stability(arch, layer)
             cost += found["steps"]
@@ -117,6 +122,11 @@ class LayerEvaluator:
 
     def _path(self) -> Path | None:
         return home() / "cache" / "layers.sqlite" if self.cache else None
+
+    def _signal(self, graph: LayerGraph) -> str | None:
+        generator = torch.Generator().manual_seed(self.train_seed)
+        layout = self.layout
+        return signal(lambda c: GraphLayer(graph, c, layout=layout), generator=generator, layout=layout).reason
 
     def _stability(self, graph: LayerGraph, layer: str) -> dict[str, Any]:
         def compute() -> dict[str, Any]:

@@ -14,6 +14,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "output depends on x and varies like it": ("ignores_input", "family", "not_full_shape"),
     "not seen before": ("duplicate",),
     "finite, with a gradient, not affine": ("non_finite", "zero_gradient", "trivial"),
+    "carries signal and gradient": ("no_signal",),
     "stable under gradient ascent": ("unstable",),
     "learns": ("low_accuracy",),
 }

@@ -83,6 +83,12 @@ def test_list_and_show(nas, tmp_path):
     assert "frac" in as_json(nas("layers", "show", "evonorm-s0", "--latex", "--json"))["formula"]
 
 
+def test_replace_reports_every_normalisation(nas):
+    found = as_json(nas("layers", "replace", "evonorm-s0", "--model", "small_models:plain", "--json"))
+    assert found["replaced"] == 2
+    assert [place["action"] for place in found["places"]] == ["layer", "layer", "keep"]
+
+
 BAD = {
     "layer": (["show", "evonorm-s9"], "did you mean 'evonorm-s"),
     "formula": (["show", "x * sigmoid(x"], "column"),
@@ -96,6 +102,9 @@ BAD = {
     "target": (["export", "bn-relu", "--to", "layer.txt"], "layer.txt"),
     "no layers": (["compare", "--layers", ","], "at least one layer"),
     "seeds": (["compare", "--layers", "bn-relu", "--seeds", "0"], "at least one seed"),
+    "model": (["replace", "bn-relu", "--model", "small_models:plian"], "did you mean 'plain'"),
+    "model without norms": (["replace", "bn-relu", "--model", "torch.nn:Identity"], "normalisation"),
+    "policy": (["replace", "bn-relu", "--model", "small_models:plain", "--lone", "kepp"], "did you mean 'keep'"),
     "layout": (["export", "bn-relu", "--to", "a.py", "--layout", "nhwc"], "nhwc"),
     "first": (["search", "--first", "bn-rellu"], "did you mean 'bn-relu'"),
     "ignores x": (["compare", "--layers", "sigmoid(v1) + v0"], "depends on x"),
