@@ -102,7 +102,7 @@ def _with_effect(graph: OpGraph) -> np.ndarray:
     """bool [n]: live nodes, and constants and parameters (nodes without inputs) with all that they feed live nodes."""
     from search_spaces.graph import OpGraph, live
 
-    sources = ~graph.adjacency.any(axis=0)
+    sources: np.ndarray = ~np.asarray(graph.adjacency.any(axis=0))
     sources[[0, -1]] = False
     if not sources.any():
         return live(graph)
