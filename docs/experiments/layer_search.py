@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--layers", type=int, default=75, help="budget: full trainings that the steps would pay for")
+    parser.add_argument("--layers", type=int, default=100, help="budget: full trainings that the steps would pay for")
     given = parser.parse_args()
     tasks = [(arm, seed) for seed in range(given.seeds) for arm in ARMS]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:

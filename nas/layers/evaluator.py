@@ -14,14 +14,15 @@ from nas.evaluators import Rejected
 from nas.layers.anchors import anchor, check_size, layout_of
 from nas.layers.cache import cached_result
 from nas.layers.cost import activation_bytes, step_milliseconds
-from nas.layers.quality import Doomed, verdict
+from nas.layers.quality import Behind, Doomed, verdict
 from nas.layers.signal import signal
 from nas.layers.stability import stability
 from nas.training.data import Dataset, load_data
-from nas.training.loop import train
+from nas.training.loop import Callback, advance, late_loss, start, train
 from nas.training.recipe import Recipe
 from search_spaces.common.errors import UserError
 from search_spaces.common.files import home
+from search_spaces.layers.catalog import layer
 from search_spaces.layers.graph import LayerGraph
 from search_spaces.layers.identity import fingerprint
 from search_spaces.layers.module import GraphLayer
@@ -38,7 +39,9 @@ class LayerEvaluator:
     what does not begin to learn. width: channels of an anchor's first stage. recipe: the proxy training.
     signal: whether noise is sent through a deep residual network first. stability_steps: of the gradient-norm ascent, 0
     for none. times_chance: an anchor must reach so many times the
-    accuracy of guessing. train_seed: of weights and data order, the same for all layers, so that differences are
+    accuracy of guessing. screen_steps: 0, or after how many steps a training in the first anchor ends unless its
+    mean loss over the last half of them is within `screen_margin` of what the catalogue layer `reference` had by
+    then. train_seed: of weights and data order, the same for all layers, so that differences are
     the layers'. measure: further metrics, of MEASURES. cache: whether results are kept and shared
     ($NASFORGE_HOME/cache/layers.sqlite).
 
@@ -56,6 +59,9 @@ class LayerEvaluator:
     signal: bool = True
     stability_steps: int = 5
     times_chance: float = 2.0
+    screen_steps: int = 0
+    screen_margin: float = 0.2
+    reference: str = "bn-relu"
     train_seed: int = 0
     measure: tuple[str, ...] = ()
     cache: bool = True
@@ -95,18 +101,18 @@ class LayerEvaluator:
 
     def evaluate(self, arch: LayerGraph, fidelity: int | None = None, *, seed: int) -> dict[str, float]:
         """Metrics of a layer; `fidelity` replaces the recipe's number of steps. The trial's seed is not used."""
-        layer = fingerprint(arch)
+        identity = fingerprint(arch)
         cost = 0.0
         metrics: dict[str, float] = {}
         if self.signal and (reason := self._signal(arch)) is not None:
             raise Rejected(reason, cost)
         if self.stability_steps:
-            found = self._stability(arch, layer)
+            found = self._stability(arch, identity)
             cost += found["steps"]
             if found["reason"]:
                 raise Rejected(found["reason"], cost)
         for name in self.anchors:
-            found = self._train(arch, layer, name, fidelity)
+            found = self._train(arch, identity, name, fidelity)
             cost += found["steps"]
             if found["reason"]:
                 raise Rejected(found["reason"], cost)
@@ -128,7 +134,7 @@ class LayerEvaluator:
         layout = self.layout
         return signal(lambda c: GraphLayer(graph, c, layout=layout), generator=generator, layout=layout).reason
 
-    def _stability(self, graph: LayerGraph, layer: str) -> dict[str, Any]:
+    def _stability(self, graph: LayerGraph, identity: str) -> dict[str, Any]:
         def compute() -> dict[str, Any]:
             data = self.dataset()
             images = data.normalize(data.train.images[:STABILITY_BATCH])
@@ -138,15 +144,19 @@ class LayerEvaluator:
             return {"reason": found.reason, "steps": found.steps}
 
         settings = {**self._settings("stability_steps"), "anchor": self.anchors[0]}
-        return cached_result(self._path(), "stability", layer, settings, compute)
+        return cached_result(self._path(), "stability", identity, settings, compute)
 
-    def _train(self, graph: LayerGraph, layer: str, name: str, steps: int | None) -> dict[str, Any]:
+    def _train(self, graph: LayerGraph, identity: str, name: str, steps: int | None) -> dict[str, Any]:
         recipe = self.recipe if steps is None else Recipe(**{**asdict(self.recipe), "steps": steps})
 
         def compute() -> dict[str, Any]:
             data = self.dataset()
-            doomed = [Doomed(data.num_classes)] if name == "resnet" and recipe.steps > 30 else []
-            found = train(self.network(graph, name), data, recipe, seed=self.train_seed, callbacks=doomed)
+            callbacks: list[Callback] = []
+            if name == "resnet" and recipe.steps > 30:
+                callbacks.append(Doomed(data.num_classes))
+            if self._screens(name, recipe):
+                callbacks.append(Behind(self.screen_steps, self._reference_loss(recipe) + self.screen_margin))
+            found = train(self.network(graph, name), data, recipe, seed=self.train_seed, callbacks=callbacks)
             reason = verdict(found, 100 * self.times_chance / data.num_classes)
             result: dict[str, Any] = {"reason": reason, "steps": found.steps}
             if reason is None:
@@ -154,7 +164,23 @@ class LayerEvaluator:
             return result
 
         settings = {**self._settings("times_chance"), "recipe": asdict(recipe), "anchor": name}
-        return cached_result(self._path(), "training", layer, settings, compute)
+        if self._screens(name, recipe):
+            settings |= {k: v for k, v in asdict(self).items() if k in ("screen_steps", "screen_margin", "reference")}
+        return cached_result(self._path(), "training", identity, settings, compute)
+
+    def _screens(self, name: str, recipe: Recipe) -> bool:
+        return name == self.anchors[0] and 0 < self.screen_steps < recipe.steps
+
+    def _reference_loss(self, recipe: Recipe) -> float:
+        graph = layer(self.reference)
+
+        def compute() -> dict[str, Any]:
+            network = self.network(graph, self.anchors[0])
+            state = start(network, self.dataset(), recipe, seed=self.train_seed)
+            return {"loss": late_loss(advance(state, recipe, steps=self.screen_steps).losses)}
+
+        settings = {**self._settings("screen_steps"), "recipe": asdict(recipe), "anchor": self.anchors[0]}
+        return cached_result(self._path(), "reference", fingerprint(graph), settings, compute)["loss"]
 
     def _measures(self, graph: LayerGraph) -> dict[str, float]:
         if not self.measure:

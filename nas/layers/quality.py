@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from nas.training.data import Dataset
-from nas.training.loop import STOP, Metrics, TrainResult, train
+from nas.training.loop import STOP, Metrics, TrainResult, late_loss, train
 from nas.training.recipe import Recipe
 from search_spaces.common.errors import UserError
 
@@ -48,6 +48,29 @@ class Doomed:
             self._losses.append(metrics["train_loss"])
             if step == self.last and sum(self._losses) / len(self._losses) > self.limit:
                 return STOP
+        return None
+
+
+class Behind:
+    """A callback that stops a training which is far behind another layer's at the same step.
+
+    It ends the run at `step` when the mean training loss of the last half of the steps so far exceeds `limit`: the
+    other layer's loss there and a margin (a rung of a ladder of fidelities, judged without waiting for rivals).
+    """
+
+    reason = "the training loss is far behind the reference layer's"
+
+    def __init__(self, step: int, limit: float):
+        if step < 2 or not math.isfinite(limit):
+            raise UserError((step, limit), "a step from 2 and a finite limit")
+        self.step, self.limit = step, limit
+        self._losses: list[float] = []
+
+    def __call__(self, step: int, metrics: Metrics) -> str | None:
+        if step <= self.step:
+            self._losses.append(metrics["train_loss"])
+        if step == self.step and late_loss(self._losses) > self.limit:
+            return STOP
         return None
 
 

@@ -66,8 +66,13 @@ class TrainResult:
     @property
     def late_loss(self) -> float:
         """Mean training loss over the last half of the steps: the best free score of a short training."""
-        half = self.losses[len(self.losses) // 2 :]
-        return sum(half) / len(half) if half else math.nan
+        return late_loss(self.losses)
+
+
+def late_loss(losses: Sequence[float]) -> float:
+    """The mean of the last half of `losses`; NaN for none."""
+    half = losses[len(losses) // 2 :]
+    return sum(half) / len(half) if half else math.nan
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------

@@ -90,12 +90,13 @@ def test_results_are_kept_and_shared(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("formula", "reason"), [("x * std[batch](x)", "unstable"), ("exp(x)", "unstable"), ("x / x", "low_accuracy")]
+    ("formula", "signal", "reason"),
+    [("x * std[batch](x)", False, "unstable"), ("exp(x)", True, "no_signal"), ("x / x", True, "low_accuracy")],
 )
-def test_useless_layers_are_rejected_with_the_reason(formula, reason):
+def test_useless_layers_are_rejected_with_the_reason(formula, signal, reason):
     graph = parse_formula(formula)
     with pytest.raises(Rejected) as caught:
-        LayerEvaluator(recipe=RECIPE, cache=False).evaluate(graph, seed=0)
+        LayerEvaluator(recipe=RECIPE, signal=signal, cache=False).evaluate(graph, seed=0)
     assert caught.value.reason == reason
     assert caught.value.cost_seconds <= 40
 
@@ -188,3 +189,18 @@ def test_latency_and_memory_are_objectives():
     metrics = result.records[0].metrics
     assert metrics["latency_ms"] > 0
     assert metrics["activation_bytes"] > 1e5
+
+
+def test_a_screen_stops_what_is_behind_the_reference():
+    screened = LayerEvaluator(recipe=RECIPE, screen_steps=32, screen_margin=0.3)
+    good, slow = (
+        layer("gn-silu", group_size=4),
+        parse_formula("x / std[group](x) / (1 + 1 + 1 + 1 + 1 + 1 + 1 + 1)", group_size=4),
+    )
+    assert screened.evaluate(good, seed=0) == LayerEvaluator(recipe=RECIPE).evaluate(good, seed=0)
+    with pytest.raises(Rejected) as caught:
+        screened.evaluate(slow, seed=0)
+    assert caught.value.cost_seconds == 5 + 32
+    reference = train(screened.network(layer("bn-relu"), "resnet"), screened.dataset(), RECIPE, seed=0)
+    half = reference.losses[16:32]
+    assert screened._reference_loss(RECIPE) == pytest.approx(sum(half) / 16)
