@@ -260,6 +260,8 @@ def _tests(table: Table, found: Sequence[Found], metric: str | None) -> list[flo
 
 
 def _front(objectives: Sequence[Objective], ranked: Sequence[Found]) -> list[Found]:
+    if not ranked:
+        return []
     points = np.array([losses(objectives, f.metrics) for f in ranked]).reshape(len(ranked), -1)
     return [ranked[i] for i in non_dominated(points)]
 

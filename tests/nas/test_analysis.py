@@ -140,6 +140,7 @@ def test_failed_unfinished_and_infeasible_trials_do_not_win():
     assert (summary.queries, summary.failed) == (5, 1)
     assert [f.id for f in summary.top] == [0, 5]
     assert summary.as_json()["optimum"] is summary.as_json()["regret"] is summary.best_test is None
+    assert summarise(run("val_acc,params,params<=1"), records).front == ()  # several objectives, nothing feasible
     nothing = summarise(run("val_acc,params<=1"), records)
     assert nothing.best is None
     assert nothing.as_json()["best"] is None
