@@ -92,3 +92,10 @@ def format_seconds(seconds: float) -> str:
             whole, rest = divmod(round(seconds / smaller), size // smaller)
             return f"{whole} {name} {rest} {lower}" if rest else f"{whole} {name}"
     raise AssertionError("unreachable")
+
+
+def format_distance(metric: str, distance: float) -> str:
+    """A difference of two values in words: that of two accuracies is in percentage points."""
+    if metric_unit(metric) == "%":
+        return f"{distance:.3f}".rstrip("0").rstrip(".") + " percentage points"
+    return format_metric(metric, distance)

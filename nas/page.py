@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from search_spaces.common.files import atomic_write
 
 
 class Markup(str):
@@ -163,3 +167,10 @@ def pairs(values: Mapping[str, object]) -> Markup:
     """{name: value} as a table of two columns."""
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>\n" for k, v in values.items())
     return Markup(f'<div class="wide"><table class="pairs"><tbody>{rows}</tbody></table></div>')
+
+
+def write(out: str | os.PathLike[str], text: str) -> Path:
+    """Write a page to a file at once. Errors: UserError, RunError if it cannot be written."""
+    with atomic_write(out) as file:
+        file.write(text)
+    return Path(out)

@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML file for a run and for a comparison, and their figures as files."""
+"""The report of a run: one self-contained HTML file, and its figures as files."""
 
 from __future__ import annotations
 
@@ -24,17 +24,22 @@ from nas.analysis import (
     table_front,
     table_values,
 )
-from nas.metrics import format_count, format_metric, format_seconds, metric_label, metric_unit, metric_words
+from nas.metrics import (
+    format_count,
+    format_distance,
+    format_metric,
+    format_seconds,
+    metric_label,
+    metric_words,
+)
 from nas.objectives import Objective, non_dominated, optimised
 from search_spaces.common.drawing import draw_graph
 from search_spaces.common.errors import UserError
-from search_spaces.common.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from benchmarks.table import Table
-    from nas.comparison import Comparison
     from nas.result import SearchResult
     from nas.run import TrialRecord
 
@@ -43,7 +48,7 @@ COSTED = 5000  # trials whose parameters are counted for a plot when no metric t
 
 def write_report(result: SearchResult, out: str | os.PathLike[str]) -> Path:
     """Write a run's report to `out`. Errors: UserError, RunError if the file cannot be written."""
-    return _write(out, run_report(result))
+    return page.write(out, run_report(result))
 
 
 def write_run_plot(result: SearchResult, out: str | os.PathLike[str]) -> Path:
@@ -82,12 +87,6 @@ def run_report(result: SearchResult) -> str:
     return page.page(_title(summary), kind, body, f"nasforge {settings.get('version', '')}".strip())
 
 
-def _write(out: str | os.PathLike[str], text: str) -> Path:
-    with atomic_write(out) as file:
-        file.write(text)
-    return Path(out)
-
-
 # -- words --------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +119,7 @@ def _headline(settings: Mapping[str, Any], summary: Summary) -> str:
         text = f"{found} No better one is among the {among}: the optimum is reached."
     else:
         optimum = format_metric(primary.name, table.optimum)
-        distance = _distance(primary.name, summary.regret)
+        distance = format_distance(primary.name, summary.regret)
         text = f"{found} The best in the table has {optimum}, so the search ended {distance} from the optimum"
         text += f", at rank {table.rank:,} of the {among}."
     if table.hypervolume_regret is not None and table.front is not None:
@@ -134,12 +133,6 @@ def _headline(settings: Mapping[str, Any], summary: Summary) -> str:
         test = format_metric(table.test_metric, summary.best_test)
         text += f" Its {metric_words(table.test_metric)}, looked up after the search, is {test}."
     return text
-
-
-def _distance(metric: str, regret: float) -> str:
-    if metric_unit(metric) == "%":
-        return f"{regret:.3f}".rstrip("0").rstrip(".") + " percentage points"
-    return format_metric(metric, regret)
 
 
 def _figures(result: SearchResult, summary: Summary) -> dict[str, str]:
@@ -282,10 +275,11 @@ def _settings_section(result: SearchResult) -> page.Markup:
         content += [page.paragraph("To go on with this run, or to look at its best:")]
         content += [page.block(f"nas resume {result.run.path}\nnas show {result.run.path}:best")]
     content.append(page.pairs({name.replace("_", " "): _plain(value) for name, value in settings.items()}))
-    return page.join(page.section("How to repeat it", *content), _environment_section(environment))
+    return page.join(page.section("How to repeat it", *content), environment_section(environment))
 
 
-def _environment_section(environment: Mapping[str, Any]) -> page.Markup:
+def environment_section(environment: Mapping[str, Any]) -> page.Markup:
+    """Where something was made; nothing if that is not known."""
     return page.section("Environment", page.pairs(dict(environment))) if environment else page.Markup("")
 
 
@@ -395,119 +389,3 @@ def _table(result: SearchResult) -> Table | None:
     from nas.evaluators import TableEvaluator
 
     return result.evaluator.table if isinstance(result.evaluator, TableEvaluator) else None
-
-
-# -- comparisons --------------------------------------------------------------------------------------------------
-
-
-def write_comparison_plot(comparison: Comparison, out: str | os.PathLike[str]) -> Path:
-    """Write the curves of a comparison to an .svg or .png file. Errors: UserError for another ending."""
-    plots.save(_comparison_curves(comparison), out)
-    return Path(out)
-
-
-def write_comparison_report(
-    comparison: Comparison,
-    out: str | os.PathLike[str],
-    *,
-    command: str | None = None,
-    environment: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write the report of a comparison to `out`. Errors: UserError, RunError if the file cannot be written."""
-    return _write(out, comparison_report(comparison, command=command, environment=environment))
-
-
-def comparison_report(
-    comparison: Comparison, *, command: str | None = None, environment: Mapping[str, Any] | None = None
-) -> str:
-    """A comparison of strategies as HTML: a table of means, the curves, how to repeat it."""
-    metric = comparison.metric
-    kind = (
-        f"nasforge compare \u00b7 {comparison.benchmark} \u00b7 {comparison.seeds} seeds \u00b7 {comparison.objectives}"
-    )
-    warning = "Compared on test labels (--label test)."
-    note = (
-        "Means over seeds of the best value after so many queries, \u00b1 standard error. Random draws: the exact "
-        "expectation of the best of so many independent uniform draws, from the table's values."
-    )
-    curves = plots.svg(_comparison_curves(comparison), "curves")
-    distances = plots.svg(_comparison_curves(comparison, regret=True, log_queries=True), "distances")
-    repeat: list[object] = [page.block(command)] if command else []
-    facts = {name: getattr(comparison, name) for name in ("benchmark", "objectives", "label", "queries", "seeds")}
-    first, last = comparison.seed, comparison.seed + comparison.seeds - 1
-    facts["seeds"] = f"{first} to {last}" if last > first else str(first)
-    body = [
-        *([page.paragraph(warning, style="warning")] if comparison.label == "test" else []),
-        page.paragraph(_verdict(comparison), style="lead"),
-        page.section("Means", _comparison_table(comparison), page.paragraph(note, style="soft")),
-        page.section(
-            "Curves",
-            page.plots(
-                [
-                    page.figure(
-                        curves, f"Best {metric_words(metric)}: median over seeds, band from quartile to quartile."
-                    ),
-                    page.figure(distances, "The same as distance from the optimum, both axes logarithmic."),
-                ]
-            ),
-        ),
-        page.section("How to repeat it", *repeat, page.pairs(facts)),
-        _environment_section(environment or {}),
-    ]
-    title = f"{len(comparison.strategies)} strategies after {comparison.queries:,} queries"
-    return page.page(title, kind, body, f"nasforge {(environment or {}).get('nasforge', '')}".strip())
-
-
-def _comparison_curves(comparison: Comparison, **style: Any) -> Any:
-    return plots.curves(
-        {s.name: s.curves for s in comparison.strategies},
-        metric=comparison.metric,
-        maximize=comparison.strategies[0].maximize,
-        optimum=comparison.optimum,
-        expectation=comparison.expectation,
-        **style,
-    )
-
-
-def _verdict(comparison: Comparison) -> str:
-    """Who is ahead at the end, and whether the seeds suffice to say so."""
-    last, at = str(comparison.queries), [comparison.queries]
-    sign = 1 if comparison.strategies[0].maximize else -1
-    ranked = sorted(comparison.strategies, key=lambda s: -sign * s.mean_best(at)[last])
-    first = ranked[0]
-    metric, best = comparison.metric, first.mean_best(at)[last]
-    text = (
-        f"{first.name} comes closest: on average {format_metric(metric, best)} {metric_words(metric)} after "
-        f"{comparison.queries:,} queries, {_distance(metric, abs(comparison.optimum - best))} from the optimum, which "
-        f"{100 * first.optimum_share():.0f} % of its seeds found."
-    )
-    if len(ranked) > 1:
-        second = ranked[1]
-        gap = abs(best - second.mean_best(at)[last])
-        error = math.hypot(first.standard_error(at)[last], second.standard_error(at)[last])
-        text += f" {second.name} follows {_distance(metric, gap)} behind"
-        text += ", which is within two standard errors: no clear order." if not gap > 2 * error else "."
-    return text
-
-
-def _comparison_table(comparison: Comparison) -> page.Markup:
-    at = comparison.milestones()
-    sign = 1 if comparison.strategies[0].maximize else -1
-    ranked = sorted(comparison.strategies, key=lambda s: -sign * s.mean_best(at[-1:])[str(at[-1])])
-    rows: list[list[object]] = []
-    for s in ranked:
-        means, errors = s.mean_best(at), s.standard_error(at)
-        cells = [_mean_and_error(means[str(q)], errors[str(q)]) for q in at]
-        median = s.median_queries_to_optimum()
-        rows.append(
-            [s.name, *cells, f"{100 * s.optimum_share():.0f} %", "\u2013" if median is None else f"{median:,g}"]
-        )
-    rows.append([page.unbroken(plots.EXPECTATION), *(f"{comparison.expectation[q - 1]:.3f}" for q in at), "", ""])
-    rows.append([plots.OPTIMUM, *(f"{comparison.optimum:.3f}" for _ in at), "", ""])
-    headings = ["strategy", *(f"{q:,} queries" for q in at), "seeds at the optimum", "median queries to it"]
-    return page.table(headings, rows, numbers=range(1, len(headings)), marked=0)
-
-
-def _mean_and_error(mean: float, error: float) -> page.Markup:
-    spread = "" if math.isnan(error) else page.small(f"\u00b1\u2009{error:.3f}")
-    return page.Markup(f"{mean:.3f} {spread}")

@@ -70,3 +70,18 @@ def nas_bench_201(importable) -> str:
     from benchmarks.registry import open_table
 
     return open_table("nas-bench-201/cifar10").id
+
+
+@pytest.fixture
+def nas(capsys, tmp_path, monkeypatch):
+    """A function that runs `nas` with arguments in an empty folder: (status, standard output, standard error)."""
+    from nas.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

@@ -71,7 +71,7 @@ def compare(
     headings = ["strategy", *(f"{q:,}" for q in at), "at optimum", "median queries to it"]
     output.table(headings, rows, title=what)
     if report is not None or plot is not None:
-        from nas.report import write_comparison_plot, write_comparison_report
+        from nas.comparison_report import write_comparison_plot, write_comparison_report
 
         if report is not None:
             write_comparison_report(result, report, command=command_line(), environment=environment())

@@ -8,22 +8,8 @@ import sys
 
 import pytest
 
-from nas.cli import main
-
+pytestmark = pytest.mark.usefixtures("nas_bench_201")
 CELL = "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"
-
-
-@pytest.fixture
-def nas(capsys, tmp_path, monkeypatch, nas_bench_201):
-    """Run a command in an empty folder: (status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str):
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def as_json(result) -> dict:

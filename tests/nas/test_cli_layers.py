@@ -9,22 +9,8 @@ import sys
 import pytest
 import torch
 
-from nas.cli import main
 from search_spaces.layers.formula import parse_formula
 from search_spaces.layers.module import GraphLayer
-
-
-@pytest.fixture
-def nas(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder: (status, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str):
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def as_json(result) -> dict:

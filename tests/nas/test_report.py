@@ -9,15 +9,9 @@ import pytest
 
 from benchmarks.table import Table
 from benchmarks.table_file import TableData, write_table
+from nas.comparison_report import comparison_report, write_comparison_plot, write_comparison_report
 from nas.evaluators import TableEvaluator
-from nas.report import (
-    comparison_report,
-    run_report,
-    write_comparison_plot,
-    write_comparison_report,
-    write_report,
-    write_run_plot,
-)
+from nas.report import run_report, write_report, write_run_plot
 from nas.result import SearchResult
 from nas.run import TrialRecord
 from search_spaces.cells.nas_bench_201 import NasBench201
