@@ -58,6 +58,7 @@ def with_moment_eps(graph: LayerGraph, eps: float) -> LayerGraph:
     return replace(graph, nodes=tuple(nodes))
 
 
+_FOUND = "nasforge's own search on CIFAR-10 at 16x16, 2026 (docs/layer-search.md)"
 _UNBIASED = {"unbiased": True}
 _NO_AFFINE = {"affine": False}
 _AFFINE_INSIDE = "v1 is the weight and v0 the bias"
@@ -145,6 +146,7 @@ CATALOG: dict[str, NamedLayer] = {
         eps=1e-6,
         variants={"torch": {"eps": 2.0**-23}},  # of float32, where torch is given none
     ),
+    "maxtanh-rms": NamedLayer("max(x, tanh(x)) / rms[batch](x)", _FOUND),
     "relu": _activation("max(x, 0)", _RELU),
     "silu": _activation("x * sigmoid(v1 * x)", _SWISH, "x * sigmoid(x)"),
     "gelu": _activation(
