@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -150,8 +151,6 @@ def _grown(before: Mapping[str, float], now: Mapping[str, float]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    import json
-
     return json.loads(json.dumps(value))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -13,6 +13,9 @@ from nas.cli import options
 from nas.cli.context import command_line, environment
 from nas.cli.output import Output
 from search_spaces.common.errors import UserError
+
+if TYPE_CHECKING:
+    from nas.layers.evaluator import LayerEvaluator
 
 app = typer.Typer(
     help="Search, compare and take home normalisation-activation layers.", no_args_is_help=True, rich_markup_mode=None
@@ -34,6 +37,16 @@ LayerName = Annotated[str, typer.Argument(metavar="LAYER", help="A name, RUN:bes
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _evaluator(
+    data: str, root: Path | None, size: int | None, anchors: str, width: int, steps: int, rate: float, **more: Any
+) -> LayerEvaluator:
+    from nas.layers.evaluator import LayerEvaluator
+    from nas.training.recipe import Recipe
+
+    recipe = Recipe(steps=steps, learning_rate=rate)
+    return LayerEvaluator(data, str(root) if root else None, size, _split(anchors), width, recipe, **more)
 
 
 @app.command()
@@ -61,19 +74,10 @@ def search(
     json: options.Json = False,
 ) -> None:
     """Search for a layer on your own images; the run can be continued, reported and exported from."""
-    from nas.layers.evaluator import LayerEvaluator
     from nas.layers.funnel import FilteredLayers
-    from nas.training.recipe import Recipe
 
     output = Output("layers search", json, seed)
-    evaluator = LayerEvaluator(
-        data,
-        str(data_root) if data_root else None,
-        size,
-        _split(anchors),
-        width,
-        Recipe(steps=steps, learning_rate=learning_rate),
-    )
+    evaluator = _evaluator(data, data_root, size, anchors, width, steps, learning_rate)
     space = FilteredLayers(
         ops,
         nodes,
@@ -162,23 +166,13 @@ def compare(
 ) -> None:
     """Train layers side by side in the same anchors."""
     from nas.layers.comparison import compare_layers
-    from nas.layers.evaluator import LayerEvaluator
     from nas.layers.references import find_layer
-    from nas.training.recipe import Recipe
 
     output = Output("layers compare", json, seed)
     if seeds < 1:
         raise UserError(seeds, "at least one seed")
     found = {name: find_layer(name, group_size=group_size) for name in _split_layers(layers)}
-    evaluator = LayerEvaluator(
-        data,
-        str(data_root) if data_root else None,
-        size,
-        _split(anchors),
-        width,
-        Recipe(steps=steps, learning_rate=learning_rate),
-        train_seed=seed,
-    )
+    evaluator = _evaluator(data, data_root, size, anchors, width, steps, learning_rate, train_seed=seed)
     with output.progress("training") as progress:
         scores = compare_layers(found, evaluator, seeds=seeds, progress=progress)
     rows = [

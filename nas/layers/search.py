@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.budget import Budget
-from nas.layers.evaluator import LayerEvaluator
+from nas.layers.evaluator import MEASURES, LayerEvaluator
 from nas.layers.funnel import FilteredLayers
 from nas.loop import search
 from nas.objectives import parse_objectives
@@ -44,11 +44,11 @@ def search_layers(
     Errors: UserError.
     """
     names = {o.name for o in parse_objectives(objectives)}
-    measured = tuple(m for m in ("latency_ms", "activation_bytes") if m in names or m in evaluator.measure)
+    measured = tuple(m for m in MEASURES if m in names or m in evaluator.measure)
     evaluator = replace(evaluator, measure=measured)
     known = {"val_acc", *measured, *(f"{a}_{m}" for a in evaluator.anchors for m in ("val_acc", "train_loss"))}
     for name in sorted(names - known):
-        raise UserError(name, f"a metric of a layer search ({', '.join(sorted(known))}, latency_ms, activation_bytes)")
+        raise UserError(name, f"a metric of a layer search ({', '.join((*sorted(known), *MEASURES))})")
     evaluator.dataset()  # refuses data that do not fit before anything is written
     about = {"kind": "layers", "layer_space": {**space.settings, "first": space.first}}
     about |= {"layer_evaluator": asdict(evaluator), "evaluator": f"layers on {evaluator.data}", "space": "layers"}

@@ -67,11 +67,12 @@ def signs(graph: LayerGraph) -> dict[int, int]:
     or are images of exp and sigmoid."""
     found: dict[int, int] = {X: UNKNOWN, ZERO: NON_NEGATIVE, V0: UNKNOWN, V1: UNKNOWN}
     for id, node in graph.live_nodes:
-        found[id] = _sign(node, [found[i] for i in node.inputs])
+        found[id] = node_sign(node, [found[i] for i in node.inputs])
     return found
 
 
-def _sign(node: Node, inputs: list[int]) -> int:
+def node_sign(node: Node, inputs: list[int]) -> int:
+    """The sign of an operation's value from those of its inputs."""
     op = node.op
     if op in ("exp", "sigmoid", "softplus", "rsqrt") or (op in ("rms", "std") and node.eps > 0):
         return POSITIVE

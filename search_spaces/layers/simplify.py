@@ -14,7 +14,7 @@ from dataclasses import replace
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
 from search_spaces.layers.ops import ELEMENTWISE
 from search_spaces.layers.patterns import FULL, NON_NEGATIVE, POSITIVE, UNKNOWN, Pattern
-from search_spaces.layers.patterns import _sign as sign_of
+from search_spaces.layers.patterns import node_sign as sign_of
 
 _ONE = Node("exp", (ZERO,))
 # mean_outer(mean_inner(a)) = mean_outer(a): the outer axes contain the inner ones.
