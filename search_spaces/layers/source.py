@@ -57,18 +57,65 @@ def to_source(
     takes batch statistics of its own process only. Errors: UserError for a name that is no class name, an unknown
     layout, channels below 1.
     """
-    if not class_name.isidentifier() or keyword.iskeyword(class_name):
-        raise UserError(class_name, "a name for a Python class, such as MyNorm")
-    taken = {"torch", "nn", "Tensor", "over_group", "over_channel_group", *HELPERS}
-    if class_name in taken:
-        raise UserError(class_name, "a class name that the file does not use otherwise", class_name.title())
+    part = layer_part(graph, class_name, channels=channels, layout=layout, formula_text=formula_text)
+    body = [line for text in part.helpers.values() for line in ["", *text.strip("\n").split("\n"), ""]]
+    body += ["", *part.lines]
+    head = [
+        f'"""{class_name}: a layer for PyTorch, written out by nasforge; it needs torch only."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        *["import torch"] * any("torch." in line for line in body),
+        "from torch import Tensor, nn",
+        "",
+    ]
+    return "\n".join([*head, *body]) + "\n"
+
+
+@dataclass(frozen=True)
+class LayerPart:
+    """A layer's part of a file: the functions it calls, by name and in order, and the lines of its class."""
+
+    helpers: dict[str, str]
+    lines: list[str]
+
+
+def layer_part(
+    graph: LayerGraph,
+    class_name: str,
+    *,
+    channels: int | None = None,
+    layout: str = "channels-first",
+    formula_text: str | None = None,
+    track_running_stats: bool = True,
+    zero_init_gamma: bool = False,
+) -> LayerPart:
+    """What `to_source` puts below the imports, for files of several classes; arguments and errors as there.
+
+    track_running_stats, zero_init_gamma: as GraphLayer has them.
+    """
+    check_class_name(class_name)
     if layout not in LAYOUTS:
         raise UserError(layout, f"a layout: {' or '.join(LAYOUTS)}")
     if channels is not None and channels < 1:
         raise UserError(channels, "at least one channel")
     graph = graph.compact()
     formula = format_formula(graph) if formula_text is None else formula_text
-    return _file(graph, class_name, channels, layout, formula, _draft(graph, layout))
+    draft = _draft(graph, layout, buffer_names(graph) if track_running_stats else {})
+    helpers = {name: text for name, text in HELPERS.items() if name in draft.helpers}
+    for (of, axes), text in OVER_GROUP.items():
+        if of == layout and _over(axes) in draft.helpers:
+            helpers[_over(axes)] = text
+    return LayerPart(helpers, _class(class_name, channels, formula, draft, zero_init_gamma))
+
+
+def check_class_name(class_name: str) -> None:
+    """Errors: UserError for what is no name of a class, or the name of something else in a written file."""
+    if not class_name.isidentifier() or keyword.iskeyword(class_name):
+        raise UserError(class_name, "a name for a Python class, such as MyNorm")
+    taken = {"torch", "nn", "Tensor", "over_group", "over_channel_group", *HELPERS}
+    if class_name in taken:
+        raise UserError(class_name, "a class name that the file does not use otherwise", class_name.title())
 
 
 @dataclass
@@ -78,6 +125,7 @@ class _Draft:
 
     graph: LayerGraph
     layout: str
+    buffers: dict[int, str]
     text: dict[int, str] = field(default_factory=dict)
     binding: dict[int, int] = field(default_factory=dict)
     size: dict[int, int] = field(default_factory=dict)
@@ -124,9 +172,9 @@ class _Batch:
     defines: set[str]
 
 
-def _draft(graph: LayerGraph, layout: str) -> _Draft:
+def _draft(graph: LayerGraph, layout: str, buffers: dict[int, str]) -> _Draft:
     """Expressions and lines for the live nodes."""
-    draft = _Draft(graph, layout)
+    draft = _Draft(graph, layout, buffers)
     for id in (X, V0, V1):
         draft.put(id, LEAVES[id])
     shapes = patterns(graph)
@@ -134,7 +182,6 @@ def _draft(graph: LayerGraph, layout: str) -> _Draft:
     for _, node in graph.live_nodes:
         for source in node.inputs:
             uses[source] = uses.get(source, 0) + 1
-    buffers = buffer_names(graph)
     reduced = {node.inputs[0] for id, node in graph.live_nodes if node.aggregate}
     if ZERO in graph.live:
         _put_constant(draft, ZERO)
@@ -266,42 +313,28 @@ def _put_result(draft: _Draft, full: bool) -> None:
         draft.result = f"({draft.result}).to(x.dtype)"
 
 
-# -- the file ----------------------------------------------------------------------------------------------------
+# -- the class ---------------------------------------------------------------------------------------------------
 
 
-def _file(graph: LayerGraph, class_name: str, channels: int | None, layout: str, formula: str, draft: _Draft) -> str:
-    helpers = [text for name, text in HELPERS.items() if name in draft.helpers]
-    helpers += [text for (of, axes), text in OVER_GROUP.items() if of == layout and _over(axes) in draft.helpers]
-    shape = "[B, C, ...]" if layout == "channels-first" else "[B, N, C]"
+def _class(class_name: str, channels: int | None, formula: str, draft: _Draft, zero_init_gamma: bool) -> list[str]:
+    graph = draft.graph
+    shape = "[B, C, ...]" if draft.layout == "channels-first" else "[B, N, C]"
     affine = ", then weight and bias per channel" if graph.affine else ""
-    buffers = buffer_names(graph)
     about = textwrap.wrap(f"{_escaped(formula)}{affine}.", 112, break_long_words=False, break_on_hyphens=False)
-    body = [
-        *(line for text in helpers for line in ["", *text.strip("\n").split("\n"), ""]),
-        "",
+    lines = [
         f"class {class_name}(nn.Module):",
         f'    """{about[0]}',
         *(f"    {line}" for line in about[1:]),
         "",
         f"    Input and output {shape}. Layer graph {graph.stable_hash()[:16]} (nasforge).",
     ]
-    if buffers:
-        body.append("    Batch statistics are those of one process; evaluation uses running ones.")
-    body += ['    """', ""]
-    body += _constructor(graph, channels, draft)
-    if buffers:
-        body += _tracking(graph)
-    body += _forward(graph, layout, draft)
-    head = [
-        f'"""{class_name}: a layer for PyTorch, written out by nasforge; it needs torch only."""',
-        "",
-        "from __future__ import annotations",
-        "",
-        *["import torch"] * any("torch." in line for line in body),
-        "from torch import Tensor, nn",
-        "",
-    ]
-    return "\n".join([*head, *body]) + "\n"
+    if draft.buffers:
+        lines.append("    Batch statistics are those of one process; evaluation uses running ones.")
+    lines += ['    """', ""]
+    lines += _constructor(graph, channels, draft, zero_init_gamma)
+    if draft.buffers:
+        lines += _tracking(draft)
+    return lines + _forward(draft)
 
 
 def _over(axes: str) -> str:
@@ -312,13 +345,13 @@ def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"""', "'''")
 
 
-def _constructor(graph: LayerGraph, channels: int | None, draft: _Draft) -> list[str]:
+def _constructor(graph: LayerGraph, channels: int | None, draft: _Draft, zero_init_gamma: bool) -> list[str]:
     arguments = ["self", "channels: int" + (f" = {channels}" if channels is not None else "")]
     grouped = bool({"over_group", "over_channel_group"} & draft.helpers)
     if grouped:
         sized = graph.group_size is not None
         arguments.append(f"group_size: int = {graph.group_size}" if sized else f"groups: int = {graph.groups}")
-    buffers = buffer_names(graph)
+    buffers = draft.buffers
     if buffers and graph.momentum is not None:
         arguments.append(f"momentum: float = {graph.momentum!r}")
     lines = [f"    def __init__({', '.join(arguments)}):", "        super().__init__()"]
@@ -330,7 +363,7 @@ def _constructor(graph: LayerGraph, channels: int | None, draft: _Draft) -> list
     if buffers and graph.momentum is not None:
         lines.append("        self.momentum = momentum")
     for name in parameter_names(graph):
-        initial = "ones" if name in ("weight", "v1") else "zeros"
+        initial = "ones" if name == "v1" or (name == "weight" and not zero_init_gamma) else "zeros"
         lines.append(f"        self.{name} = nn.Parameter(torch.{initial}(channels))")
     for name in buffers.values():
         lines.append(f'        self.register_buffer("{name}", torch.{_begin(name)}(channels))')
@@ -343,7 +376,8 @@ def _begin(buffer: str) -> str:
     return "zeros" if buffer.startswith("running_mean") else "ones"
 
 
-def _tracking(graph: LayerGraph) -> list[str]:
+def _tracking(draft: _Draft) -> list[str]:
+    graph = draft.graph
     share = "/ self.num_batches_tracked" if graph.momentum is None else "* self.momentum"
     lines = [
         "    def track(self, running: Tensor, moment: Tensor) -> None:",
@@ -353,14 +387,15 @@ def _tracking(graph: LayerGraph) -> list[str]:
         "    def reset_running_stats(self) -> None:",
         '        """Running statistics as they begin."""',
     ]
-    for name in buffer_names(graph).values():
+    for name in draft.buffers.values():
         lines.append(f"        self.{name}.{'zero_()' if _begin(name) == 'zeros' else 'fill_(1)'}")
     if graph.momentum is None:
         lines.append("        self.num_batches_tracked.zero_()")
     return [*lines, ""]
 
 
-def _forward(graph: LayerGraph, layout: str, draft: _Draft) -> list[str]:
+def _forward(draft: _Draft) -> list[str]:
+    graph = draft.graph
     body: list[str] = []
     for item in draft.items:
         if isinstance(item, str):
@@ -369,7 +404,7 @@ def _forward(graph: LayerGraph, layout: str, draft: _Draft) -> list[str]:
             body += ["if self.training:", *("    " + line for line in item.training)]
             body += ["else:", *("    " + line for line in item.evaluation), *item.after]
     body.append(f"return {draft.result}")
-    first = layout == "channels-first"
+    first = draft.layout == "channels-first"
     names = parameter_names(graph)
     used = "\n".join(body)
     start = []
@@ -380,6 +415,6 @@ def _forward(graph: LayerGraph, layout: str, draft: _Draft) -> list[str]:
     if names or "(shape)" in used:
         start.append("shape = (1, -1) + (1,) * (x.dim() - 2)" if first else "shape = (1, 1, -1)")
     start += [f"{name} = self.{name}.to(x.dtype).view(shape)" for name in names]
-    if graph.momentum is None and buffer_names(graph):
+    if graph.momentum is None and draft.buffers:
         start += ["if self.training:", "    self.num_batches_tracked += 1"]
     return ["    def forward(self, x: Tensor) -> Tensor:", *("        " + line for line in [*start, *body])]
