@@ -1,31 +1,34 @@
 """The training loop: small functions that every training of the toolkit is made of.
 
 `start` makes a LoopState, `advance` trains it to a step, `evaluate` measures; `train` does the three. A state can be
-saved and loaded at any step, and a later `advance` may follow another recipe (more steps, a decay at the end).
+saved and loaded at any step (`nas.training.checkpoints`), and a later `advance` may follow another recipe (more steps,
+a decay at the end).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nas.training.augment import Batches, evaluation_batches
+from nas.training.batches import Batch, Batches, evaluation_batches, make_batches
 from nas.training.data import Dataset, Split
+from nas.training.distributed import ALONE, Processes
+from nas.training.drop_path import DropPath
+from nas.training.optimizers import make_optimizer
 from nas.training.recalibrate import evaluating
-from nas.training.recipe import OPTIMIZERS, Recipe, parameter_groups
-from search_spaces.common.errors import UserError
-from search_spaces.common.files import atomic_write
+from nas.training.recipe import Recipe
+from search_spaces.common.errors import RunError, UserError
 
-FORMAT = 1
 STOP = "stop"  # what a callback returns to end the training
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Metrics = Mapping[str, float]
 Callback = Callable[[int, Metrics], str | None]
 
@@ -34,18 +37,37 @@ Callback = Callable[[int, Metrics], str | None]
 class LoopState:
     """A training at a step: everything that the next step depends on.
 
-    losses: the training loss of every step so far. random: torch's generator states (dropout draws from them).
+    forward: what is called in training; `model` wrapped for several processes, compiled, with its auxiliary head.
+    losses: the training loss of every step so far. hits, seen: right answers and images since the epoch began.
+    random: torch's generator states (dropout draws from them). average: the moving average of the model, if any.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     batches: Batches
+    forward: nn.Module
+    scaler: torch.amp.GradScaler
     step: int = 0
     losses: list[float] = field(default_factory=list)
+    hits: int = 0
+    seen: int = 0
     random: dict[str, Tensor] = field(default_factory=dict)
+    average: AveragedModel | None = None
+    drop_path: DropPath | None = None
+    processes: Processes = ALONE
     stopped: str | None = None
     failed: bool = False
     seconds: float = 0.0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts: the moving average where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are done."""
+        return self.step // self.batches.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -78,30 +100,71 @@ def late_loss(losses: Sequence[float]) -> float:
 # -- pieces ------------------------------------------------------------------------------------------------------
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, recipe: Recipe
-) -> float:
-    """Forward, backward, clipping and one step of the optimiser; the loss. One that is not finite changes nothing."""
-    optimizer.zero_grad(set_to_none=True)
-    outputs = model(images)
-    loss = nn.functional.cross_entropy(outputs, labels, label_smoothing=recipe.label_smoothing)
-    value = loss.item()
+class _WithAuxiliary(nn.Module):
+    """Calls the network's `forward_with_auxiliary`, so that wrappers see one forward."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.forward_with_auxiliary(images)  # type: ignore[operator]
+
+
+def _loss(outputs: Any, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """(loss, logits). With an auxiliary head its loss is added, weighted."""
+    logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+    loss = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+    if auxiliary is not None:
+        extra = nn.functional.cross_entropy(auxiliary.float(), targets, label_smoothing=recipe.label_smoothing)
+        loss = loss + recipe.auxiliary_weight * extra
+    return loss, logits
+
+
+def train_step(state: LoopState, batch: Batch, recipe: Recipe) -> float:
+    """Forward, backward, clipping and one step of the optimiser; the loss over all processes.
+
+    A loss that is not finite changes nothing.
+    """
+    device = device_of(state.model)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    images = batch.images.to(device, memory_format=layout)
+    labels, targets = batch.labels.to(device), batch.targets.to(device)
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device.type, DTYPES[recipe.precision], enabled=recipe.precision != "float32"):
+        outputs = state.forward(images)
+    loss, logits = _loss(outputs, targets, recipe)
+    size = len(labels)
+    sums = torch.stack([loss.detach() * size, (logits.argmax(1) == labels).sum(), loss.new_tensor(size)])
+    total, hits, count = state.processes.total(sums).tolist()
+    value = total / count
     if math.isfinite(value):
-        loss.backward()
+        # Gradients are averaged over processes, whose shares of a last batch may differ by an image.
+        share = size * state.processes.world / count
+        state.scaler.scale(loss if share == 1 else loss * share).backward()
         if recipe.clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-        optimizer.step()
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.hits, state.seen = state.hits + int(hits), state.seen + int(count)
     return value
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, batch_statistics: bool = False
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    batch_statistics: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """`acc` in percent, mean cross-entropy `loss` and `count` over (images, labels); the model is left as it was.
 
-    batch_statistics: normalise by each batch's own statistics. Errors: UserError if there is no image.
+    batch_statistics: normalise by each batch's own statistics. processes: each has its share of every batch.
+    Errors: UserError if there is no image.
     """
     right = total = 0
     loss = 0.0
@@ -112,15 +175,21 @@ def evaluate(
             loss += nn.functional.cross_entropy(outputs, labels, reduction="sum").item()
             right += int((outputs.argmax(1) == labels).sum())
             total += len(labels)
+    if processes.world > 1:
+        sums = processes.total(torch.tensor([loss, right, total], dtype=torch.float64, device=device)).tolist()
+        loss, right, total = sums[0], int(sums[1]), int(sums[2])
     if total == 0:
         raise UserError("0 images", "at least one image to evaluate on")
     return {"acc": 100 * right / total, "loss": loss / total, "count": float(total)}
 
 
-def evaluate_split(model: nn.Module, data: Dataset, split: Split, recipe: Recipe) -> dict[str, float]:
+def evaluate_split(
+    model: nn.Module, data: Dataset, split: Split, recipe: Recipe, processes: Processes = ALONE
+) -> dict[str, float]:
     """`evaluate` over a part of a data set, as the recipe says."""
-    found = evaluation_batches(split.images, split.labels, recipe.eval_batch_size, normalize=data.normalize)
-    return evaluate(model, found, batch_statistics=recipe.batch_statistics)
+    parts = {"rank": processes.rank, "world": processes.world}
+    found = evaluation_batches(split.images, split.labels, recipe.eval_batch_size, normalize=data.normalize, **parts)
+    return evaluate(model, found, batch_statistics=recipe.batch_statistics, processes=processes)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -145,29 +214,82 @@ def random_states(state: dict[str, Tensor], device: torch.device) -> Iterator[No
                 state["cuda"] = torch.cuda.get_rng_state(device)
 
 
+@contextlib.contextmanager
+def _training_errors(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            expected = "two images or more in every batch: the model normalises over the batch (drop_last leaves a"
+            raise UserError("a batch of one image", f"{expected} last image out)") from None
+        raise
+    except RuntimeError as error:  # out of memory is one
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            hint = "lower batch_size, channels or layers, or use precision=bfloat16"
+            raise RunError(f"out of memory with batches of {batch_size} images; {hint}") from error
+        raise
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------
 
 
-def start(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int) -> LoopState:
+def check_model(model: nn.Module, data: Dataset) -> None:
+    """Send two images through. Errors: UserError if the model does not take them or has another number of classes."""
+    images = data.normalize(data.train.images[:2]).to(device_of(model))
+    shape = "x".join(map(str, data.shape))
+    try:
+        with torch.no_grad(), evaluating(model):
+            outputs = model(images)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"images of {shape}", f"images that the model takes ({reason})") from None
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(str(found), f"one row of logits for each image, [{len(images)}, {data.num_classes}]")
+    if outputs.shape[1] != data.num_classes:
+        expected = f"as many as {data.name} has, {data.num_classes} (num_classes={data.num_classes})"
+        raise UserError(f"{outputs.shape[1]} outputs", expected)
+
+
+def start(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, processes: Processes = ALONE) -> LoopState:
     """The state before the first step. seed: of the order of images, augmentation and dropout; not of the weights.
 
     Errors: UserError if the data do not fit the recipe.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batches = Batches(
-        data.train.images,
-        data.train.labels,
-        recipe.batch_size,
-        generator=generator,
-        augment=recipe.augmentation(),
-        normalize=data.normalize,
-    )
-    optimizer = OPTIMIZERS[recipe.optimizer](parameter_groups(model, recipe.weight_decay), recipe)
-    random = {"cpu": torch.Generator().manual_seed(seed + 1).get_state()}
+    batches = make_batches(data, recipe, seed=seed, processes=processes)
     device = device_of(model)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, recipe)
+    own_seed = seed + 1 + 1_000_003 * processes.rank  # dropout differs between processes
+    random = {"cpu": torch.Generator().manual_seed(own_seed).get_state()}
     if device.type == "cuda":
-        random["cuda"] = torch.Generator(device).manual_seed(seed + 1).get_state()
-    return LoopState(model, optimizer, batches, random=random)
+        random["cuda"] = torch.Generator(device).manual_seed(own_seed).get_state()
+    average = None
+    if recipe.ema_decay is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True)
+    drop_path = DropPath(model) if recipe.drop_path else None
+    forward: Any = model
+    if recipe.auxiliary_weight:
+        if getattr(model, "auxiliary_head", None) is None:
+            raise UserError(recipe.auxiliary_weight, "an auxiliary weight of 0 for a network without auxiliary head")
+        forward = _WithAuxiliary(model)
+    if processes.world > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
+    if recipe.kernels == "compile":
+        forward = torch.compile(forward)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
+    return LoopState(
+        model,
+        optimizer,
+        batches,
+        forward,
+        scaler,
+        random=random,
+        average=average,
+        drop_path=drop_path,
+        processes=processes,
+    )
 
 
 def advance(
@@ -176,19 +298,23 @@ def advance(
     """Train until `steps` steps are done in all (default: the recipe's); the same state, changed.
 
     A callback gets (steps done, {train_loss, learning_rate}) after every step and may return STOP. A loss that is not
-    finite ends the training before it reaches the weights. A state that stopped does not go on.
+    finite ends the training before it reaches the weights. A state that stopped does not go on. Errors: UserError
+    for a batch that cannot be normalised; RunError when memory runs out.
     """
-    device = device_of(state.model)
+    per_epoch = state.batches.steps_per_epoch
+    recipe = recipe.resolved(per_epoch)
     last = recipe.steps if steps is None else steps
     begin = time.perf_counter()
+    state.forward.train()
     state.model.train()
-    with random_states(state.random, device):
+    with random_states(state.random, device_of(state.model)), _training_errors(recipe.batch_size):
         while state.step < last and state.stopped is None:
-            rate = recipe.rate(state.step)
+            rate = recipe.rate(state.step, per_epoch)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            images, labels = next(state.batches)
-            loss = train_step(state.model, state.optimizer, images.to(device), labels.to(device), recipe)
+            if state.drop_path is not None:
+                state.drop_path.set(recipe.drop_path_at(state.step, per_epoch))
+            loss = train_step(state, state.batches.batch(state.step), recipe)
             state.step += 1
             state.losses.append(loss)
             if not math.isfinite(loss):
@@ -207,7 +333,8 @@ def result(state: LoopState, data: Dataset, recipe: Recipe) -> TrainResult:
     """The state's curve, and its validation metrics unless its loss was not finite."""
     metrics = {}
     if not state.failed:
-        metrics = {f"val_{k}": v for k, v in evaluate_split(state.model, data, data.val, recipe).items()}
+        found = evaluate_split(state.evaluated, data, data.val, recipe, state.processes)
+        metrics = {f"val_{k}": v for k, v in found.items()}
     return TrainResult(state.step, tuple(state.losses), metrics, state.stopped, state.failed, state.seconds)
 
 
@@ -219,58 +346,3 @@ def train(
     Deterministic on a CPU for one seed and one number of threads. Errors: UserError if the data do not fit.
     """
     return result(advance(start(model, data, recipe, seed=seed), recipe, callbacks=callbacks), data, recipe)
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------
-
-
-def save_state(path: str | os.PathLike[str], state: LoopState, recipe: Recipe) -> None:
-    """Write a checkpoint; the old file survives a crash or a full disk (RunError)."""
-    content = {
-        "format": FORMAT,
-        "recipe": asdict(recipe),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-        "batches": state.batches.state_dict(),
-        "random": state.random,
-        "step": state.step,
-        "losses": torch.tensor(state.losses, dtype=torch.float64),
-        "stopped": state.stopped,
-        "failed": state.failed,
-        "seconds": state.seconds,
-    }
-    with atomic_write(path, "wb") as file:
-        torch.save(content, file)
-
-
-def load_state(path: str | os.PathLike[str], model: nn.Module, data: Dataset, recipe: Recipe) -> LoopState:
-    """The state of a checkpoint, in a model of the same architecture; going on is bit-identical on a CPU.
-
-    The recipe may have other steps or another schedule; other settings of data and optimiser are refused with the
-    differences. Errors: UserError for a damaged file, a newer format, another model or recipe.
-    """
-    name = str(Path(path))
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format"]
-    except FileNotFoundError:
-        raise UserError(name, "a checkpoint that exists") from None
-    except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(name, f"a complete checkpoint ({str(error).splitlines()[0][:80]})") from None
-    if version > FORMAT:
-        raise UserError(name, f"a checkpoint of format {FORMAT} or older, found {version}; update nasforge")
-    free = ("steps", "schedule", "decay_share", "warmup_steps", "learning_rate", "source", "eval_batch_size")
-    differences = [d for d in recipe.differences(content["recipe"]) if d.split(":")[0] not in free]
-    if differences:
-        raise UserError(name, f"a checkpoint of the same recipe; {'; '.join(differences)}")
-    state = start(model, data, recipe, seed=0)
-    try:
-        model.load_state_dict(content["model"])
-        state.optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise UserError(name, f"a checkpoint of this model ({' '.join(str(error).split())[:120]})") from None
-    state.batches.load_state_dict(content["batches"])
-    state.random = dict(content["random"])
-    state.step, state.losses = content["step"], content["losses"].tolist()
-    state.stopped, state.failed, state.seconds = content["stopped"], content["failed"], content["seconds"]
-    return state

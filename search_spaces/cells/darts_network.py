@@ -192,6 +192,15 @@ class Network(nn.Module):
         """The names of the cell modules, in order."""
         return [f"cells.{i}" for i in range(len(self.cells))]
 
+    def drop_path_modules(self) -> list[str]:
+        """The names of the modules that drop-path is for: every edge that is no identity."""
+        return [
+            f"cells.{i}.edges.{key}"
+            for i, cell in enumerate(self.cells)
+            for key, module in cell.edges.items()  # type: ignore[union-attr, operator]
+            if not isinstance(module, nn.Identity)
+        ]
+
     def _cell_outputs(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = self.stem(x)
         before_last, last = x, x if self.stem_last is None else self.stem_last(x)

@@ -1,0 +1,332 @@
+"""A training as a run: one trial for each seed, checkpoints, curves, weights; resumed by the same call."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nas.run import Run, TrialRecord
+from nas.training.checkpoints import checkpoint_path, checkpoints, keep_newest, restore, save_state
+from nas.training.curves import write_curves
+from nas.training.data import Dataset
+from nas.training.distributed import ALONE, Processes
+from nas.training.loop import LoopState, advance, check_model, evaluate_split, start
+from nas.training.preflight import Forecast, forecast
+from nas.training.task import Task
+from search_spaces.common.errors import RunError, UserError
+
+CHECKPOINT_STEPS = 1000
+Row = dict[str, float]
+Progress = Callable[[int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network of a run, in evaluation mode, with its data."""
+
+    model: nn.Module
+    data: Dataset
+    task: Task
+    run: Run
+    record: TrialRecord
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What was measured at the end: `val_acc`, `test_acc` in percent, losses, `epochs`, `seconds`."""
+        return self.record.metrics or {}
+
+
+def train_run(
+    task: Task,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    device: str = "cpu",
+    checkpoint_steps: int = CHECKPOINT_STEPS,
+    describe: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    on_forecast: Callable[[Forecast], None] | None = None,
+    on_epoch: Callable[[int, Row], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
+) -> Run:
+    """Train the task once with each seed in the folder `out`; goes on where a training there stopped.
+
+    seeds: of weights, order, augmentation and dropout. checkpoint_steps: a checkpoint is written so often besides
+    after every epoch. on_forecast: gets time and memory as predicted from two steps before the first one. on_epoch:
+    gets (seed, row of the curves). A seed whose loss is not finite is a failed trial; its last good checkpoint stays.
+    Errors: UserError for bad data, a model that does not fit them, a folder with another training (differences are
+    listed); RunError when memory or disk runs out.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(list(seeds), "seeds that differ, at least one")
+    if checkpoint_steps < 1:
+        raise UserError(checkpoint_steps, "a positive number of steps between checkpoints")
+    data = task.open_data()
+    out = Path(out)
+    if processes.leads:
+        _create(out, task, data, seeds, describe or {})
+    processes.wait()
+    run = Run.open(out)
+    with contextlib.ExitStack() as stack:
+        if processes.leads:
+            stack.enter_context(run.writing())
+        session = _Session(run, task, data, seeds, device, checkpoint_steps, processes)
+        session.tell = on_warning or (lambda text: None)
+        for index, seed in enumerate(seeds):
+            session.train(index, seed, progress, on_forecast if index == 0 else None, on_epoch)
+    return run
+
+
+def _create(out: Path, task: Task, data: Dataset, seeds: Sequence[int], describe: Mapping[str, Any]) -> None:
+    about = data.describe()
+    if not Run.exists(out):
+        settings = {"kind": "training", "task": task.as_json(), "seeds": list(seeds), "data": about, **describe}
+        Run.create(out, settings)
+        return
+    run = Run.open(out)
+    if run.settings.get("kind") != "training":
+        raise UserError(str(out), f"a new folder or one of a training; this run is a {run.settings.get('kind')}")
+    differences = task.differences(Task.from_json(run.settings["task"]))
+    if differences:
+        raise UserError(str(out), f"the settings of the training there, or a new folder; {'; '.join(differences)}")
+    if run.settings["data"] != about:
+        changed = [f"{k}: {about.get(k)} instead of {v}" for k, v in run.settings["data"].items() if about.get(k) != v]
+        raise UserError(task.data, f"the data the training in {out} began with; {'; '.join(changed)}")
+    before = run.settings["seeds"]
+    if before != list(seeds):
+        if before != list(seeds)[: len(before)]:
+            raise UserError(list(seeds), f"the seeds of the training there, {before}, or more after them")
+        run.update_settings(seeds=list(seeds))
+
+
+@dataclass
+class _Session:
+    run: Run
+    task: Task
+    data: Dataset
+    seeds: Sequence[int]
+    device: str
+    checkpoint_steps: int
+    processes: Processes
+    tell: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.curves: list[Row] = []
+        self.data_there = self.data.to(self.device) if self.device != "cpu" else self.data
+
+    def train(
+        self,
+        index: int,
+        seed: int,
+        progress: Progress | None,
+        on_forecast: Callable[[Forecast], None] | None,
+        on_epoch: Callable[[int, Row], None] | None,
+    ) -> None:
+        """Train one seed to its end, unless that was done before."""
+        known = {record.id: record for record in self.run.trials()}
+        folder = self.run.path / "checkpoints" / f"seed-{seed}"
+        recipe = self.task.recipe
+        state = None
+        if index not in known or known[index].status == "asked":
+            model = self.task.make_network(self.data, seed=seed).to(self.device)
+            check_model(model, self.data_there)
+            state = start(model, self.data_there, recipe, seed=seed, processes=self.processes)
+            more = self._restore(state, folder)
+        else:
+            more = _read_more(folder)
+        curve, best = list(more.get("curve", ())), more.get("best")
+        if state is None:
+            self.curves += curve
+            return
+        per_epoch = state.batches.steps_per_epoch
+        last = recipe.resolved(per_epoch).steps
+        if index not in known and self.processes.leads:
+            text = self.task.arch or str(self.task.factory)
+            self.run.add_ask(TrialRecord(index, text, text, "asked", seed=seed, asked_at=time.time()))
+        if on_forecast is not None and state.step < last:
+            on_forecast(forecast(state, recipe, last, len(self.seeds) - index))
+        if state.step:
+            self.run.log(f"seed {seed}: goes on at step {state.step} of {last}")
+        callbacks = [] if progress is None else [_Counter(progress, index * last, len(self.seeds) * last)]
+        while state.step < last and state.stopped is None:
+            boundary = min((state.step // per_epoch + 1) * per_epoch, last)
+            target = min(boundary, (state.step // self.checkpoint_steps + 1) * self.checkpoint_steps)
+            advance(state, recipe, steps=target, callbacks=callbacks)
+            if state.failed:
+                break
+            if state.step == boundary:
+                row, best = self._epoch(state, seed, best)
+                curve.append(row)
+                if self.processes.leads:
+                    write_curves(self.run.path / "curves.parquet", self.curves + curve)
+                if on_epoch is not None:
+                    on_epoch(seed, row)
+            self._save(state, folder, {"curve": curve, "best": best})
+        self.curves += curve
+        self._finish(index, seed, state, folder, curve, best)
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+
+    def _restore(self, state: LoopState, folder: Path) -> Mapping[str, Any]:
+        """Load the newest sound checkpoint, if there is one."""
+        for path in checkpoints(folder):
+            try:
+                return restore(state, path, self.task.recipe)
+            except UserError as error:
+                if "complete checkpoint" not in str(error):
+                    raise
+                self.tell(f"{path} is damaged; going back to the checkpoint before it")
+                self.run.log(f"damaged checkpoint {path}")
+                if self.processes.leads:
+                    path.rename(path.with_suffix(".damaged"))
+        return {}
+
+    def _epoch(self, state: LoopState, seed: int, best: Any) -> tuple[Row, Any]:
+        """The row of the epoch that has just ended, and the best weights so far (with `patience` only)."""
+        recipe = self.task.recipe
+        per_epoch = state.batches.steps_per_epoch
+        first = (state.step - 1) // per_epoch * per_epoch
+        losses = state.losses[first:]
+        row: Row = {
+            "seed": seed,
+            "epoch": math.ceil(state.step / per_epoch),
+            "step": state.step,
+            "learning_rate": recipe.resolved(per_epoch).rate(state.step - 1, per_epoch),
+            "train_loss": sum(losses) / len(losses),
+            "train_acc": 100 * state.hits / max(state.seen, 1),
+        }
+        if len(self.data.val):
+            begin = time.perf_counter()
+            found = evaluate_split(state.evaluated, self.data_there, self.data_there.val, recipe, self.processes)
+            row |= {"val_loss": found["loss"], "val_acc": found["acc"]}
+            state.seconds += time.perf_counter() - begin
+        row["seconds"] = state.seconds
+        state.hits = state.seen = 0
+        self.run.log(" ".join(f"{k} {v:.5g}" for k, v in row.items()))
+        if recipe.patience is not None:
+            if "val_acc" not in row:
+                raise UserError(recipe.patience, "validation images, by which early stopping goes (--val-share)")
+            if best is None or row["val_acc"] > best["val_acc"]:
+                weights = {k: v.detach().cpu().clone() for k, v in state.evaluated.state_dict().items()}
+                best = {"val_acc": row["val_acc"], "epoch": row["epoch"], "model": weights}
+            elif row["epoch"] - best["epoch"] >= recipe.patience:
+                state.stopped = f"no better validation accuracy for {recipe.patience} epochs, at step {state.step}"
+        return row, best
+
+    def _save(self, state: LoopState, folder: Path, more: Mapping[str, Any]) -> None:
+        if self.processes.leads:
+            save_state(checkpoint_path(folder, state.step), state, self.task.recipe, more)
+            keep_newest(folder)
+        else:
+            state.processes.gather(state.random)  # the leader's state_dict collects them
+
+    def _finish(self, index: int, seed: int, state: LoopState, folder: Path, curve: list[Row], best: Any) -> None:
+        """Measure, write the weights, tell the trial."""
+        recipe = self.task.recipe
+        asked = TrialRecord(index, "", "", "asked", seed=seed)
+        if state.failed:
+            kept = checkpoints(folder)
+            where = f"the last good state is {kept[0]}" if kept else "there is no checkpoint before it"
+            error = f"{state.stopped}; {where}"
+            if self.processes.leads:
+                self.run.add_tell(replace(asked, status="failed", error=error, seconds=state.seconds, **_now()))
+            self.tell(f"seed {seed}: {error}; a lower learning rate or clip_norm=5 may help")
+            return
+        model = state.evaluated
+        if best is not None:
+            model.load_state_dict(best["model"])
+        metrics: dict[str, float] = {"train_loss": curve[-1]["train_loss"]} if curve else {}
+        for part in ("val", "test"):
+            split = getattr(self.data_there, part)
+            if len(split):
+                found = evaluate_split(model, self.data_there, split, recipe, self.processes)
+                metrics |= {f"{part}_acc": found["acc"], f"{part}_loss": found["loss"]}
+        metrics |= {
+            "epochs": float(curve[-1]["epoch"] if best is None else best["epoch"]) if curve else 0.0,
+            "steps": float(state.step),
+            "train_seconds": state.seconds,
+        }
+        if not self.processes.leads:
+            return
+        plain = self.task.make_network(self.data, seed=seed, auxiliary=False).state_dict()
+        weights: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        path = weights_path(self.run, seed)
+        path.parent.mkdir(exist_ok=True)
+        save_file({k: v.clone() for k, v in weights.items() if k in plain}, path)
+        self.run.add_tell(replace(asked, status="done", metrics=metrics, seconds=state.seconds, worker=0, **_now()))
+        if state.stopped:
+            self.tell(f"seed {seed}: {state.stopped}; the weights are those of epoch {best['epoch']}")
+
+
+def _now() -> dict[str, Any]:
+    return {"told_at": time.time(), "attempts": 1}
+
+
+class _Counter:
+    """A callback of the loop that reports progress."""
+
+    def __init__(self, progress: Progress, done: int, total: int):
+        self.progress, self.done, self.total = progress, done, total
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.progress(self.done + step, self.total)
+
+
+def _read_more(folder: Path) -> Mapping[str, Any]:
+    from nas.training.checkpoints import read
+
+    for path in checkpoints(folder):
+        with contextlib.suppress(UserError):
+            return read(path)["more"]
+    return {}
+
+
+def weights_path(run: Run, seed: int) -> Path:
+    """The file of a seed's final weights."""
+    return run.path / "weights" / f"seed-{seed}.safetensors"
+
+
+def best_record(run: Run) -> TrialRecord:
+    """The finished training with the highest validation accuracy (training loss where nothing was validated)."""
+    done = [r for r in run.trials() if r.status == "done" and r.metrics]
+    if not done:
+        raise UserError(str(run.path), f"a training with a finished seed (nas resume {run.path})")
+    return max(done, key=lambda r: _merit(r.metrics or {}))
+
+
+def _merit(metrics: Mapping[str, float]) -> float:
+    return metrics.get("val_acc", -metrics.get("train_loss", math.inf))
+
+
+def load_trained(reference: str) -> Trained:
+    """The network that RUN, RUN:best or RUN:<number> names, with its final weights. Errors: UserError."""
+    folder, colon, which = reference.rpartition(":")
+    if not colon or Run.exists(reference):
+        folder, which = reference, "best"
+    run = Run.open(folder)
+    if run.settings.get("kind") != "training":
+        raise UserError(reference, f"a training; this run is a {run.settings.get('kind')} (nas train {reference})")
+    if which != "best" and not which.isdigit():
+        raise UserError(which, "best or the number of a seed's trial after the run's folder", "best")
+    record = best_record(run) if which == "best" else run.trial(int(which))
+    if record.status != "done":
+        raise UserError(reference, f"a finished training; this one is {record.status}")
+    task = Task.from_json(run.settings["task"])
+    data = task.open_data()
+    assert record.seed is not None
+    model = task.make_network(data, seed=record.seed, auxiliary=False)
+    path = weights_path(run, record.seed)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"the weights {path} cannot be loaded: {' '.join(str(error).split())[:160]}") from error
+    return Trained(model.eval(), data, task, run, record)
