@@ -1,9 +1,10 @@
-"""Data sets as tensors: `load_data(name)` for digits, CIFAR-10, image folders, and a user's own object."""
+"""Data sets as tensors: `load_data(name)` for digits, CIFAR-10 and CIFAR-100, image folders, a user's own object."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from nas.training.cache import Images, channel_moments
+from nas.training.cifar import CIFAR10_CLASSES, CLASSES
+from nas.training.decoding import Reading
+from nas.training.objects import read_object
 from nas.training.sources import locate, read_part
 from search_spaces.common.errors import UserError
 from search_spaces.common.files import home
-from search_spaces.common.names import load_object, nearest
+from search_spaces.common.names import nearest
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-NAMES = ("digits", "cifar10")
+NAMES = ("digits", *CLASSES)
 TEST_SHARE = 0.2  # of data that come without a test part
+SAMPLE = 64  # images of a part that `describe` looks at
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,28 @@ class Dataset:
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images.float() - mean * scale) / (std * scale)
 
+    def describe(self) -> dict[str, Any]:
+        """The data in plain values, for a record; equal as long as neither the data nor their split change.
+
+        `content` is a hash of all labels, the shapes and types, and the pixels of SAMPLE images spread over each part.
+        """
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        content = hashlib.blake2b(digest_size=8)
+        for name, part in parts.items():
+            rows = torch.linspace(0, len(part) - 1, min(SAMPLE, len(part)), dtype=torch.float64).round().long()
+            content.update(f"{name} {tuple(part.images.shape)} {part.images.dtype}".encode())
+            content.update(part.labels.cpu().numpy().astype("<i8").tobytes())
+            content.update(part.images[rows.to(part.images.device)].cpu().numpy().tobytes())
+        return {
+            "name": self.name,
+            "images": {name: len(part) for name, part in parts.items()},
+            "shape": list(self.shape),
+            "num_classes": self.num_classes,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "content": content.hexdigest(),
+        }
+
     def to(self, device: torch.device | str) -> Dataset:
         """The same on a device: small data sets live on the accelerator as a whole."""
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
@@ -90,14 +116,14 @@ def load_data(
 ) -> Dataset:
     """The data set `name`, its training part split into training and validation by `seed`, stratified by class.
 
-    name: `digits` (scikit-learn's, 8x8 grey), `cifar10`, the path of a folder, or `package.module:object`: a torch
-    Dataset of (image, label), arrays (images, labels), a mapping of `train`, `test` and optionally `val` to either,
-    or a function that returns one of these. root: where named data lie (default: $NASFORGE_DATA, or `data` in
-    $NASFORGE_HOME); formats are those of `nas.training.sources.find_parts`. size: images averaged down to
-    [size, size] (8-bit ones rounded to 8 bits). channels: 3 or 1, of files. val_share: of the training images, where
-    the data have no validation part. Data without a test part lose a fifth to one that no seed changes. Decoded
-    files are kept in $NASFORGE_HOME/cache; a user's own objects are not. skip_broken: leave unreadable images out.
-    Errors: UserError for an unknown name, unreadable images, NaN, labels out of range, a class without images.
+    name: `digits` (scikit-learn's, 8x8 grey), `cifar10`, `cifar100`, the path of a folder, or
+    `package.module:object` as in `nas.training.objects.read_object`. root: where named data lie (default:
+    $NASFORGE_DATA, or `data` in $NASFORGE_HOME); formats are those of `nas.training.sources.find_parts`. size: images
+    averaged down to [size, size] (8-bit ones rounded to 8 bits). channels: 3 or 1, of files. val_share: of the
+    training images, where the data have no validation part. Data without a test part lose a fifth to one that no
+    seed changes. Decoded files are kept in $NASFORGE_HOME/cache; a user's own objects are not. skip_broken: leave
+    unreadable images out. Errors: UserError for an unknown name, no images, unreadable images, NaN, shapes that
+    differ, labels out of range, a class without images or with too few to split.
     """
     if size is not None and size < 1:
         raise UserError(size, "a positive size")
@@ -109,15 +135,17 @@ def load_data(
     if text == "digits":
         parts, classes = _digits(), tuple("0123456789")
     elif text in NAMES or Path(text).expanduser().is_dir():
-        parts, classes = _from_files(text, root, channels, size, skip_broken)
+        parts, classes = _from_files(text, root, Reading(channels, size, skip_broken))
     elif ":" in text:
-        parts, classes = _from_object(text)
+        parts, classes = read_object(text)
     else:
-        raise UserError(text, "a data set: digits, cifar10, a folder or package.module:object", nearest(text, NAMES))
+        expected = f"a data set: {', '.join(NAMES)}, a folder that exists, or package.module:object"
+        raise UserError(text, expected, nearest(text, NAMES))
     parts = {part: _shrink(found, size) for part, found in parts.items()}
-    classes = classes or tuple(str(k) for k in range(int(parts["train"].labels.max(initial=0)) + 1))
+    classes = classes or _numbered(parts["train"].labels)
     for part, found in parts.items():
         _check(part, found, classes, parts["train"])
+    _check_classes(parts, classes)
     return _dataset(text, parts, classes, val_share, seed, flip=text != "digits")
 
 
@@ -168,11 +196,19 @@ def _take(part: Images, rows: np.ndarray) -> Split:
 # -- checks ------------------------------------------------------------------------------------------------------
 
 
+def _numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """The classes 0, 1, ... up to the highest label. Errors: UserError for labels that count something else."""
+    highest = int(labels.max(initial=0))
+    if highest > 2 * len(labels) + 1:
+        raise UserError(f"train label {highest}", f"labels that count from 0, every class in {len(labels)} images")
+    return tuple(str(k) for k in range(highest + 1))
+
+
 def _check(part: str, found: Images, classes: tuple[str, ...], train: Images) -> None:
     if len(found.labels) == 0:
         raise UserError(f"0 {part} images", "at least one image")
-    if len(classes) < 2:
-        raise UserError(f"{len(classes)} class", "data with two classes or more")
+    if 0 in found.images.shape:
+        raise UserError(f"{part} images of shape {found.images.shape}", "images with pixels")
     if found.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
             f"{part} images of shape {found.images.shape[1:]}",
@@ -182,13 +218,26 @@ def _check(part: str, found: Images, classes: tuple[str, ...], train: Images) ->
     if len(wrong):
         expected = f"labels from 0 to {len(classes) - 1} ({len(wrong)} are not, the first at index {wrong[0]})"
         raise UserError(f"{part} label {found.labels[wrong[0]]}", expected)
-    counts = np.bincount(found.labels, minlength=len(classes))
-    empty = [classes[k] for k in np.flatnonzero(counts == 0)]
-    if empty and part == "train":
-        raise UserError(f"class {empty[0]!r}", f"images of every class; {len(empty)} of {len(classes)} have none")
+    if len(classes) < 2:
+        raise UserError(f"{len(classes)} class", "data with two classes or more")
     if found.images.dtype != np.uint8 and not np.isfinite(found.images).all():
         bad = np.flatnonzero(~np.isfinite(found.images).reshape(len(found.images), -1).all(1))
         raise UserError(f"{part} image {bad[0]}", f"finite pixels; {len(bad)} images have NaN or infinity")
+
+
+def _check_classes(parts: Mapping[str, Images], classes: tuple[str, ...]) -> None:
+    """Every class needs an image in each part that is split off, and one that stays."""
+    counts = np.bincount(parts["train"].labels, minlength=len(classes))
+    empty = [classes[k] for k in np.flatnonzero(counts == 0)]
+    if empty:
+        hint = "; labels count from 0" if counts[0] == 0 else ""
+        expected = f"images of every class; {len(empty)} of {len(classes)} have none{hint}"
+        raise UserError(f"class {empty[0]!r}", expected)
+    made = [part for part in ("val", "test") if part not in parts]
+    few = np.flatnonzero(counts < 1 + len(made))
+    if len(few):
+        expected = f"{1 + len(made)} images or more of every class, as {' and '.join(made)} are split off"
+        raise UserError(f"class {classes[few[0]]!r} with {counts[few[0]]} images", expected)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------
@@ -202,78 +251,22 @@ def _digits() -> dict[str, Images]:
 
 
 def _from_files(
-    name: str, root: str | os.PathLike[str] | None, channels: int, size: int | None, skip_broken: bool
+    name: str, root: str | os.PathLike[str] | None, reading: Reading
 ) -> tuple[dict[str, Images], tuple[str, ...]]:
-    if name in NAMES:
+    if name in CLASSES:
         default = Path(os.environ.get("NASFORGE_DATA") or home() / "data")
         folder, found = locate(name, root, default)
     else:
         folder, found = locate("", Path(name).expanduser(), home())
-    label = name if name in NAMES else folder.name
-    parts = {
-        part: read_part(source, name=f"{label}-{part}", channels=channels, size=size, skip_broken=skip_broken)
-        for part, source in found.items()
-    }
     classes = found["train"].classes
-    if name == "cifar10":
-        if classes not in ((), CIFAR10_CLASSES):
-            raise UserError(str(folder), f"the classes of cifar10, found {', '.join(classes[:3])}, ...")
-        classes = CIFAR10_CLASSES
-    return parts, classes
-
-
-def _from_object(path: str) -> tuple[dict[str, Images], tuple[str, ...]]:
-    """A user's own data set. Its classes are named by its attribute `classes`, if it has one."""
-    found: Any = load_object(path, "a data set")
-    if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
-        found = found()
-    classes = tuple(str(c) for c in getattr(found, "classes", ()))
-    if isinstance(found, Mapping):
-        if "train" not in found:
-            raise UserError(path, "a mapping with `train`, and optionally `val` and `test`")
-        return {part: _arrays(path, part, found[part]) for part in ("train", "val", "test") if part in found}, classes
-    return {"train": _arrays(path, "train", found)}, classes
-
-
-def _arrays(path: str, part: str, found: Any) -> Images:
-    if isinstance(found, Sequence) and len(found) == 2 and hasattr(found[0], "shape"):
-        images, labels = found
-    elif hasattr(found, "__getitem__") and hasattr(found, "__len__"):
-        pairs = [found[k] for k in range(len(found))]
-        if not all(isinstance(pair, tuple | list) and len(pair) >= 2 for pair in pairs):
-            raise UserError(path, f"items (image, label) in {part}")
-        pixels = [_pixels(pair[0]) for pair in pairs]
-        odd = next((k for k, p in enumerate(pixels) if p.shape != pixels[0].shape), None)
-        if odd is not None:
-            raise UserError(f"{part} image {odd}", f"images of one shape {pixels[0].shape}, found {pixels[odd].shape}")
-        images, labels = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 1)), [pair[1] for pair in pairs]
-    else:
-        raise UserError(path, f"a torch Dataset of (image, label), or arrays (images, labels), in {part}")
-    images = np.asarray(images.cpu() if isinstance(images, Tensor) else images)
-    labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
-        images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4:
-        raise UserError(f"{part} images of shape {images.shape}", "images [N, C, H, W], [N, H, W, C] or [N, H, W]")
-    if labels.shape != (len(images),):
-        raise UserError(f"{part} labels of shape {labels.shape}", f"one label for each of {len(images)} images")
-    if labels.dtype.kind not in "iu" and not (labels.dtype.kind == "f" and (labels == np.round(labels)).all()):
-        raise UserError(f"{part} labels of type {labels.dtype}", "whole numbers from 0")
-    if images.dtype != np.uint8:
-        images = images.astype(np.float32)
-    return Images(images, labels.astype(np.int64))
-
-
-def _pixels(image: Any) -> np.ndarray:
-    """One image as [C, H, W]; arrays and Pillow images may have their channels last."""
-    pixels = image.cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    if pixels.ndim == 2:
-        return pixels[None]
-    if pixels.ndim == 3 and pixels.shape[-1] in (1, 3) and pixels.shape[0] not in (1, 3):
-        return pixels.transpose(2, 0, 1)
-    return pixels
+    if name in CLASSES:
+        other = name == "cifar10" and classes not in ((), CIFAR10_CLASSES)
+        if other or len(classes) not in (0, CLASSES[name]):
+            listed = ", ".join(classes[:3])
+            raise UserError(str(folder), f"the {CLASSES[name]} classes of {name}, found {len(classes)}: {listed}, ...")
+        classes = classes or (CIFAR10_CLASSES if name == "cifar10" else tuple(str(k) for k in range(CLASSES[name])))
+    label = name if name in CLASSES else folder.name
+    return {part: read_part(source, f"{label}-{part}", reading) for part, source in found.items()}, classes
 
 
 def _shrink(part: Images, size: int | None) -> Images:

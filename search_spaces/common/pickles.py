@@ -51,11 +51,17 @@ for _package in ("numpy.core", "numpy._core"):
 class RestrictedUnpickler(pickle.Unpickler):
     """Reads containers, numbers, strings and numpy values; any other name in the file is refused.
 
-    `extra` maps further (module, name) pairs to harmless stand-ins.
+    `extra` maps further (module, name) pairs to harmless stand-ins. encoding: of Python 2's strings; `bytes` keeps
+    them as bytes.
     """
 
-    def __init__(self, file: IO[bytes], extra: Mapping[tuple[str, str], Callable] | None = None):
-        super().__init__(file)
+    def __init__(
+        self,
+        file: IO[bytes],
+        extra: Mapping[tuple[str, str], Callable] | None = None,
+        encoding: str = "ASCII",
+    ):
+        super().__init__(file, encoding=encoding)
         self._allowed = {**PLAIN, **(extra or {})}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -65,10 +71,15 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table has no use for") from None
 
 
-def load_pickle(file: IO[bytes], name: str, extra: Mapping[tuple[str, str], Callable] | None = None) -> Any:
+def load_pickle(
+    file: IO[bytes],
+    name: str,
+    extra: Mapping[tuple[str, str], Callable] | None = None,
+    encoding: str = "ASCII",
+) -> Any:
     """Read one restricted pickle; UserError names the file and the reason if it is truncated, wrong or unsafe."""
     try:
-        return RestrictedUnpickler(file, extra).load()
+        return RestrictedUnpickler(file, extra, encoding).load()
     except MemoryError:
         raise
     except Exception as error:  # a broken pickle can raise nearly anything

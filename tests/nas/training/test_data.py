@@ -19,8 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nas.training import sources
-from nas.training.augment import CropFlip, batches, evaluation_batches
+from nas.training import parquet
 from nas.training.cache import Images, cached
 from nas.training.data import load_data, stratified_split
 from search_spaces.common.errors import RunError, UserError
@@ -116,7 +115,7 @@ def test_the_cache_is_used_until_the_file_changes(cifar, tmp_path, monkeypatch):
     def refuse(*ignored):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(sources, "_decode", refuse)
+    monkeypatch.setattr(parquet, "decode", refuse)
     again = load_data("cifar10", root=tmp_path)
     assert torch.equal(first.train.images, again.train.images)
     assert first.mean == again.mean
@@ -381,7 +380,7 @@ def test_objects_that_are_no_data(own, rng, change, message):
         load_data(own + "arrays")
 
 
-# -- splits, augmentation, batches -------------------------------------------------------------------------------
+# -- splits -------------------------------------------------------------------------------------------------------
 
 
 def test_splits_are_stratified_and_repeatable(rng):
@@ -395,47 +394,3 @@ def test_splits_are_stratified_and_repeatable(rng):
     assert (stratified_split(labels, 0.3, seed=6)[1] != held).any()
     with pytest.raises(UserError, match="class 1.*two images or more"):
         stratified_split(np.array([0, 0, 1]), 0.5, seed=0)
-
-
-def test_crop_and_flip_give_shifted_mirrored_images():
-    images = torch.arange(1, 101, dtype=torch.uint8).view(1, 1, 10, 10).repeat(300, 2, 1, 1)
-    out = CropFlip(padding=2)(images, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images[0], [2] * 4)
-    possible = {}
-    for dy in range(5):
-        for dx in range(5):
-            window = padded[:, dy : dy + 10, dx : dx + 10]
-            possible[window.numpy().tobytes()] = (dy, dx, False)
-            possible[window.flip(2).numpy().tobytes()] = (dy, dx, True)
-    drawn = [possible[image.contiguous().numpy().tobytes()] for image in out]  # KeyError: an image that cannot be
-    assert len(set(drawn)) == 50
-    assert 110 < sum(flip for _, _, flip in drawn) < 190
-    assert torch.equal(out, CropFlip(padding=2)(images, torch.Generator().manual_seed(0)))
-
-
-def test_an_epoch_has_every_image_once():
-    images, labels = torch.arange(50).view(50, 1, 1, 1).float(), torch.arange(50)
-    stream = batches(images, labels, 10, generator=torch.Generator().manual_seed(0))
-    epochs = [torch.cat([next(stream)[1] for _ in range(5)]) for _ in range(2)]
-    assert all(e.sort().values.tolist() == list(range(50)) for e in epochs)
-    assert not torch.equal(*epochs)
-    with pytest.raises(UserError, match="51: expected a batch size from 1"):
-        batches(images, labels, 51, generator=torch.Generator())
-    assert sum(len(y) for _, y in evaluation_batches(images, labels, 16)) == 50
-
-
-def test_batches_go_on_in_the_middle_of_an_epoch():
-    images, labels = torch.rand(50, 1, 8, 8), torch.arange(50)
-
-    def stream():
-        return batches(images, labels, 16, generator=torch.Generator().manual_seed(3), augment=CropFlip(1))
-
-    first, second = stream(), stream()
-    for _ in range(5):
-        next(first)
-    state = first.state_dict()
-    rest = [next(first) for _ in range(4)]
-    second.load_state_dict(state)
-    for (x, y), (other, label) in zip(rest, second, strict=False):
-        assert torch.equal(x, other)
-        assert torch.equal(y, label)
