@@ -44,6 +44,8 @@ def find_architecture(reference: str) -> FoundArchitecture:
     folder, colon, which = reference.rpartition(":")
     if not colon or Run.exists(reference):
         folder, which = reference, "best"
+    if Run.open(folder).settings.get("kind") == "training":
+        return _trained(Run.open(folder), which)
     result = load_result(folder)
     assert result.run is not None
     if which == "best":
@@ -53,3 +55,13 @@ def find_architecture(reference: str) -> FoundArchitecture:
     if not which.isdigit():
         raise UserError(which, "best or a trial's number after the run's folder", "best")
     return FoundArchitecture(result.run, result.space, result.run.trial(int(which)))
+
+
+def _trained(run: Run, which: str) -> FoundArchitecture:
+    from nas.training.runs import best_record
+
+    space = run.settings["task"]["space"]
+    if space is None:
+        raise UserError(str(run.path), "a training of a space's architecture; this one trained a factory's model")
+    record = best_record(run) if which == "best" else run.trial(int(which))
+    return FoundArchitecture(run, load_space(space), record)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import nas
-from nas.cli import bench, compare, doctor, layers, lists, runs, search
+from nas.cli import bench, compare, doctor, layers, lists, runs, search, train
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("search")(search.search)
 app.command("compare")(compare.compare)
 app.command("resume")(search.resume)
+app.command("train")(train.train)
 app.command("report")(runs.report)
 app.command("plot")(runs.plot)
 app.command("runs")(runs.runs)
@@ -33,6 +34,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(layers.app, name="layers")
 app.command("spaces")(lists.spaces)
 app.command("strategies")(lists.strategies)
+app.command("presets")(lists.presets)
 app.command("doctor")(doctor.doctor)
 
 

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import nas
 
@@ -24,3 +25,16 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def default_folder(name: str) -> Path:
+    """runs/<name>, or runs/<name>-2, ... : the first that is free or was begun by the same command."""
+    from nas.run import Run
+
+    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in name)
+    number = 1
+    while True:
+        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        if not path.exists() or (Run.exists(path) and Run.open(path).settings.get("command") == command_line()):
+            return path
+        number += 1

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Search, compare and take home normalisation-activation layers.", no_args_is_help=True, rich_markup_mode=None
 )
-Data = Annotated[str, typer.Option("--data", help="digits, cifar10, a folder, or package.module:object.")]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where the files of named data lie.")]
-Size = Annotated[int | None, typer.Option("--size", help="Average images down to this size.")]
 Anchors = Annotated[
     str, typer.Option("--anchors", help="resnet, mobilenetv2, efficientnet, vgg or vit; commas between.")
 ]
@@ -51,9 +48,9 @@ def _evaluator(
 
 @app.command()
 def search(
-    data: Data = "digits",
-    data_root: DataRoot = None,
-    size: Size = None,
+    data: options.Data = "digits",
+    data_root: options.DataRoot = None,
+    size: options.Size = None,
     anchors: Anchors = "resnet",
     budget: Annotated[int, typer.Option(help="How many layers reach training.")] = 50,
     steps: Steps = 100,
@@ -152,9 +149,9 @@ def _run(space, evaluator, strategy, budget, objectives, seed, workers, out, out
 @app.command()
 def compare(
     layers: Annotated[str, typer.Option(help="Names, RUN:best, files or formulas; commas between.")],
-    data: Data = "digits",
-    data_root: DataRoot = None,
-    size: Size = None,
+    data: options.Data = "digits",
+    data_root: options.DataRoot = None,
+    size: options.Size = None,
     anchors: Anchors = "resnet",
     steps: Steps = 100,
     learning_rate: Rate = 0.1,

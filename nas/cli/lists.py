@@ -1,9 +1,12 @@
-"""nas spaces, nas strategies: what there is, with its settings."""
+"""nas spaces, nas strategies, nas presets: what there is, with its settings."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
 
 from nas.cli import options
 from nas.cli.output import Output
@@ -41,6 +44,38 @@ def strategies(json: options.Json = False) -> None:
     rows = [[s["name"], ", ".join(f"{k}={v}" for k, v in s["settings"].items()), s["about"]] for s in listed]
     output.table(["strategy", "settings (--setting NAME=VALUE)", "what it does"], rows)
     output.finish({"strategies": listed})
+
+
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Show all settings of one, with their sources.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List the presets of trainings, or all settings of one with where they are from."""
+    from nas.training.presets import PRESETS, preset
+    from nas.training.recipe import Recipe
+
+    output = Output("presets", json)
+    if name is None:
+        rows = []
+        for key, found in PRESETS.items():
+            recipe = found.recipe
+            length = f"{recipe.steps} steps" if recipe.epochs is None else f"{recipe.epochs} epochs"
+            rows.append([key, length, recipe.batch_size, recipe.optimizer, recipe.learning_rate, recipe.source])
+        output.table(["preset", "length", "batch", "optimiser", "rate", "source"], rows)
+        output.finish({"presets": {key: asdict(found.recipe) for key, found in PRESETS.items()}})
+        return
+    found = preset(name)
+    settings = {**asdict(found.recipe), **found.network, "val_share": found.val_share}
+    default = asdict(Recipe())
+    rows = []
+    for key, value in settings.items():
+        source = next((text for keys, text in found.sources.items() if key in keys.split(", ")), "")
+        if key != "source" and (source or value != default.get(key)):
+            rows.append([key, str(value), source])
+    output.say(found.recipe.source)
+    output.table(["setting (--set NAME=VALUE)", "value", "source"], rows)
+    output.say("\nall other settings are off, or as `nas.training.Recipe` has them", style="dim")
+    output.finish({"preset": settings, "sources": dict(found.sources)})
 
 
 def _first_sentence(text: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,12 @@ def _strategies(incomplete: str) -> list[str]:
     return [name for name in STRATEGIES if name.startswith(incomplete)]
 
 
+def _presets(incomplete: str) -> list[str]:
+    from nas.training.presets import PRESETS
+
+    return [name for name in PRESETS if name.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Seed = Annotated[int, typer.Option("--seed", help="Everything random follows from it.")]
 BenchmarkId = Annotated[
@@ -40,6 +47,16 @@ Settings = Annotated[
     list[str] | None, typer.Option("--setting", help="NAME=VALUE of the strategy, see `nas strategies`; repeatable.")
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
+Data = Annotated[str, typer.Option("--data", help="digits, cifar10, cifar100, a folder, or package.module:object.")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where the files of named data lie.")]
+Size = Annotated[int | None, typer.Option("--size", help="Average images down to this size.")]
+Preset = Annotated[str, typer.Option("--preset", help="Training settings, see `nas presets`.", autocompletion=_presets)]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="NAME=VALUE of the training, see `nas presets NAME`; repeatable.")
+]
+Scale = Annotated[
+    list[str] | None, typer.Option("--scale", help="NAME=VALUE of the network, such as channels=8; repeatable.")
+]
 
 
 def read_settings(given: Sequence[str] | None) -> dict[str, Any]:

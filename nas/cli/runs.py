@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,8 +29,8 @@ def runs(
         told = sum(t.status != "asked" for t in trials)
         running = run.running()
         state = "running" if running else "done" if run.settings.get("finished") else "stopped"
-        settings = run.settings
-        rows.append([str(run.path), settings["evaluator"], settings["strategy"], settings["seed"], told, state])
+        evaluator, strategy, seed = _subject(run.settings)
+        rows.append([str(run.path), evaluator, strategy, seed, told, state])
         names = ("run", "evaluator", "strategy", "seed", "trials", "state")
         listed.append(dict(zip(names, rows[-1], strict=True)))
     if rows:
@@ -37,6 +38,15 @@ def runs(
     else:
         output.say(f"no runs in {folder}; begin one with `nas search`")
     output.finish({"runs": listed})
+
+
+def _subject(settings: Mapping[str, Any]) -> tuple[str, str, Any]:
+    """What a run measures, how, and its seed or seeds."""
+    if settings.get("kind") == "training":
+        task = settings["task"]
+        seeds = ", ".join(map(str, settings["seeds"]))
+        return f"train:{task['space'] or task['factory']}/{task['data']}", settings.get("preset", "training"), seeds
+    return settings["evaluator"], settings["strategy"], settings["seed"]
 
 
 def show(
@@ -51,20 +61,21 @@ def show(
     from search_spaces.common.files import atomic_write
 
     found = find_architecture(architecture)
-    output = Output("show", json, found.run.settings["seed"])
+    output = Output("show", json, found.run.settings.get("seed"))
     space, record = found.space, found.record
     arch = space.decode(record.arch)
     lines: dict = {"architecture": space.readable(arch), "trial": record.id, "key": record.key}
     lines |= record.metrics or {}
     result = {"arch": record.arch, "key": record.key, "trial": record.id, "metrics": record.metrics}
+    scale = (found.run.settings.get("task") or {}).get("network", {})
     try:
-        costs = {f"network {k}": v for k, v in space.cost(arch).items()}
-        result["cost"] = space.cost(arch)
+        result["cost"] = space.cost(arch, **scale)
+        costs = {f"network {k}": v for k, v in result["cost"].items()}
         lines |= costs
     except UserError:
         pass
     if build:
-        network = space.build(arch)
+        network = space.build(arch, **scale)
         result["built_params"] = sum(p.numel() for p in network.parameters())
         lines["parameters of the built network"] = result["built_params"]
     drawing = out or found.run.path / f"trial-{record.id}.svg"
@@ -79,7 +90,16 @@ def report(run: options.RunFolder, out: OutFile = None, json: options.Json = Fal
     """Write a run's report: one HTML file that opens from disk."""
     from nas.references import load_result
     from nas.report import write_report
+    from nas.run import Run
 
+    if Run.open(run).settings.get("kind") == "training":
+        from nas.training.report import write_training_report
+
+        output = Output("report", json)
+        path = write_training_report(Run.open(run), out or Path(run) / "report.html")
+        output.say(f"report: {path}")
+        output.finish({"run": str(run), "report": str(path)})
+        return
     result = load_result(run)
     output = Output("report", json, result.settings["seed"])
     path = out or Path(run) / "report.html"
@@ -92,7 +112,17 @@ def plot(run: options.RunFolder, out: OutFile = None, json: options.Json = False
     """Write a run's curve (and its front, with several objectives) as .svg or .png."""
     from nas.references import load_result
     from nas.report import write_run_plot
+    from nas.run import Run
 
+    if Run.open(run).settings.get("kind") == "training":
+        from nas.training.report import write_curve_plot
+
+        output = Output("plot", json)
+        path = out or Path(run) / "curves.svg"
+        write_curve_plot(Run.open(run), path)
+        output.say(f"plot: {path}")
+        output.finish({"run": str(run), "plot": str(path)})
+        return
     result = load_result(run)
     output = Output("plot", json, result.settings["seed"])
     path = out or Path(run) / "curve.svg"

@@ -32,3 +32,19 @@ def read_curves(path: Path) -> list[dict[str, float]]:
         return parquet.read_table(path).to_pylist()
     except (OSError, pa.ArrowException):
         raise UserError(str(path), "a file of learning curves that can be read") from None
+
+
+def write_tensorboard(folder: Path) -> None:
+    """The curves of a run as event files in `<run>/tensorboard`, a log for each seed. Errors: UserError without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard", "the package tensorboard (pip install tensorboard)") from None
+    rows = read_curves(folder / "curves.parquet")
+    for seed in sorted({row["seed"] for row in rows}):
+        with SummaryWriter(str(folder / "tensorboard" / f"seed-{seed}")) as writer:
+            for row in rows:
+                if row["seed"] == seed:
+                    for name, value in row.items():
+                        if name not in WHOLE and value is not None:
+                            writer.add_scalar(name, value, row["epoch"])

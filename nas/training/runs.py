@@ -83,6 +83,8 @@ def train_run(
         session.tell = on_warning or (lambda text: None)
         for index, seed in enumerate(seeds):
             session.train(index, seed, progress, on_forecast if index == 0 else None, on_epoch)
+        if processes.leads:
+            run.update_settings(finished=True)
     return run
 
 

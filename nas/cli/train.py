@@ -1,0 +1,217 @@
+"""nas train: train an architecture, a layer in it, or a model of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import nas
+from nas.cli import options
+from nas.cli.context import command_line, default_folder, environment
+from nas.cli.output import Output
+from search_spaces.common.errors import RunError, UserError
+
+EPOCH_LINES = 20
+
+
+def train(
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[RUN[:best|:ID]]", help="An architecture that a search has found.")
+    ] = None,
+    space: Annotated[str | None, typer.Option(help="A space's name or package.module:object, with --arch.")] = None,
+    arch: Annotated[str | None, typer.Option(help="An architecture in the space's notation.")] = None,
+    factory: Annotated[str | None, typer.Option(help="package.module:function that makes a model of your own.")] = None,
+    data: options.Data = "digits",
+    data_root: options.DataRoot = None,
+    size: options.Size = None,
+    preset: options.Preset = "digits-tiny",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images (default: the preset's).")] = None,
+    change: options.Changes = None,
+    scale: options.Scale = None,
+    norm: Annotated[str | None, typer.Option(help="Every normalisation; `nas layers list` names layers.")] = None,
+    act: Annotated[str | None, typer.Option(help="Every activation.")] = None,
+    layer: Annotated[str | None, typer.Option(help="One layer for both: a name, a formula, RUN:best.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, eager or compile.")] = None,
+    val_share: Annotated[float | None, typer.Option(help="Of the training images (default: the preset's).")] = None,
+    split_seed: Annotated[int, typer.Option(help="Of the split into training and validation images.")] = 0,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images out.")] = False,
+    seeds: Annotated[int, typer.Option(help="Train so often, with the seeds --seed, --seed + 1, ...")] = 1,
+    seed: options.Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")] = "auto",
+    checkpoint_steps: Annotated[int, typer.Option(help="A checkpoint so often, besides every epoch.")] = 1000,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The run's folder (default: a new one below runs/).")] = None,
+    json: options.Json = False,
+) -> None:
+    """Train a network on your images; the run resumes, is reported, evaluated and exported from."""
+    from nas.training.presets import preset as find_preset
+    from nas.training.task import Task
+
+    output = Output("train", json, seed)
+    if seeds < 1:
+        raise UserError(seeds, "at least one seed")
+    if sum(given is not None for given in (reference, space, factory)) != 1:
+        raise UserError("--space", "one of: a search's RUN:best, --space with --arch, or --factory")
+    if reference is not None:
+        space, arch = _found(reference)
+    settings = find_preset(preset)
+    changes = options.read_settings(change)
+    if epochs is not None:
+        changes["epochs"] = epochs
+    if kernels is not None:
+        changes["kernels"] = kernels
+    network = dict(settings.network) if settings.space is not None and settings.space == space else {}
+    network |= options.read_settings(scale)
+    task = Task(
+        recipe=settings.recipe.replaced(changes),
+        space=space,
+        arch=arch,
+        factory=factory,
+        network=network,
+        norm=norm,
+        act=act,
+        layer=layer,
+        data=data,
+        root=None if data_root is None else str(data_root),
+        size=size,
+        val_share=settings.val_share if val_share is None else val_share,
+        split_seed=split_seed,
+        skip_broken=skip_broken,
+    )
+    if out is None:
+        subject = (space or str(factory)).replace(":", "-")
+        out = default_folder(f"train-{subject}-{Path(data).name.replace(':', '-')}-seed{seed}")
+    describe = {
+        "preset": preset,
+        "command": command_line(),
+        "version": nas.__version__,
+        "environment": environment(),
+        "device": device,
+        "checkpoint_steps": checkpoint_steps,
+        "tensorboard": tensorboard,
+    }
+    _train(task, list(range(seed, seed + seeds)), out, describe, output)
+
+
+def resume(settings: Mapping[str, Any], out: Path, output: Output) -> None:
+    """Continue a training; `nas resume` calls it."""
+    from nas.training.task import Task
+
+    names = ("preset", "command", "version", "environment", "device", "checkpoint_steps", "tensorboard")
+    describe = {name: settings[name] for name in names if name in settings}
+    _train(Task.from_json(settings["task"]), settings["seeds"], out, describe, output)
+
+
+def _found(reference: str) -> tuple[str, str]:
+    from nas.references import find_architecture
+
+    found = find_architecture(reference)
+    kind = found.run.settings.get("kind")
+    if kind == "layers":
+        raise UserError(reference, f"a run over architectures; this found a layer (--layer {reference} trains with it)")
+    if kind == "training":
+        return found.run.settings["task"]["space"], found.record.arch
+    return found.run.settings["space"], found.record.arch
+
+
+def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], output: Output) -> None:
+    from nas.training.distributed import joined
+    from nas.training.runs import train_run
+    from nas.training.summary import summarise
+
+    device = _device(describe["device"])
+    epochs = task.recipe.epochs
+    every = max(1, (epochs or 1) // EPOCH_LINES)
+
+    def on_forecast(found: Any) -> None:
+        room = "" if found.available_bytes is None else f" of {found.available_bytes / 1e9:.1f} GB free"
+        output.say(
+            f"forecast: {_clock(found.seconds)} of training ({1e3 * found.step_seconds:.0f} ms a step), "
+            f"{_size(found.memory_bytes)}{room}",
+            style="dim",
+        )
+        if not found.fits:
+            output.warn("that is more memory than is free: lower batch_size (--set batch_size=...) or the scale")
+
+    def on_epoch(seed: int, row: Mapping[str, float]) -> None:
+        if row["epoch"] % every and row["epoch"] != epochs:
+            return
+        val = f"  val_acc {row['val_acc']:6.2f}" if "val_acc" in row else ""
+        output.say(f"seed {seed}  epoch {row['epoch']:>3}  train_loss {row['train_loss']:.4f}{val}", style="dim")
+
+    with joined(device) as processes:
+        if processes.world > 1 and device == "cuda":
+            device = f"cuda:{processes.local_rank}"
+        quiet = not processes.leads
+        with output.progress("steps") as progress:
+            run = train_run(
+                task,
+                out,
+                seeds=seeds,
+                device=device,
+                checkpoint_steps=describe["checkpoint_steps"],
+                describe=describe,
+                progress=None if quiet else progress,
+                on_forecast=None if quiet else on_forecast,
+                on_epoch=None if quiet else on_epoch,
+                on_warning=None if quiet else output.warn,
+                processes=processes,
+            )
+    if quiet:
+        return
+    if describe.get("tensorboard"):
+        from nas.training.curves import write_tensorboard
+
+        write_tensorboard(run.path)
+    summary = summarise(run)
+    if summary.best is None:
+        raise RunError(f"no training finished: {summary.failed[-1].error}")
+    if summary.failed:
+        output.warn(f"{len(summary.failed)} of {len(seeds)} seeds broke down: {summary.failed[-1].error}")
+    lines: dict[str, Any] = {"network": task.arch or task.factory}
+    for label, spread in (("val_acc", summary.val_acc), ("test_acc", summary.test_acc)):
+        if spread is not None:
+            about = f" (mean of {spread.count} seeds, 95 % interval)" if spread.half_width is not None else ""
+            lines[label] = spread.text() + about
+    metrics = summary.best.metrics or {}
+    lines |= {"epochs": int(metrics["epochs"]), "seconds": metrics["train_seconds"], "weights": summary.checkpoint}
+    lines["run"] = str(out)
+    output.pairs(lines)
+    after = (
+        f"report: nas report {out}    measure: nas evaluate {out}    take it home: nas export {out}:best --to model.py"
+    )
+    output.say(f"\n{after}", style="dim")
+    output.finish({"run": str(out), **summary.as_json()})
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(wanted).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise UserError(wanted, "a device: cpu, cuda, cuda:1 or auto", "auto")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(wanted, "a device that this machine has", "cpu")
+    if kind == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # torchrun starts each process with one thread; the user's own setting is kept.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return wanted
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
