@@ -251,7 +251,9 @@ def _device(name: torch.device | str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(str(name), "a device such as cpu or cuda:0", nearest(str(name), ("cpu", "cuda"))) from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(str(name), "a device such as cpu or cuda:0", nearest(str(name), ("cpu", "cuda")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(str(device), "a device of this machine, which has no CUDA", "cpu")
     return device
