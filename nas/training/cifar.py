@@ -24,32 +24,29 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the four publications. label: the key of the labels, or in binary files the place of the label's byte
-    in a row, of `label_bytes`; names: the key of the class names in the file `meta`."""
+    """One of the four publications of the data set `data`.
+
+    Python: `labels` and `names` are keys of the pickled dictionaries in the batches and in `meta`. Binary: a row
+    begins with `label_bytes`, of which the last is the label, and `meta` is a list of names.
+    """
 
     data: str
     train: tuple[str, ...]
     test: str
     meta: str
-    label: str | int
+    labels: str = ""
     names: str = ""
     label_bytes: int = 0
 
 
+BATCHES = tuple(f"data_batch_{k}" for k in range(1, 6))
 LAYOUTS = {
-    "cifar-10-batches-py": Layout(
-        "cifar10", tuple(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta", "labels", "label_names"
-    ),
+    "cifar-10-batches-py": Layout("cifar10", BATCHES, "test_batch", "batches.meta", "labels", "label_names"),
     "cifar-10-batches-bin": Layout(
-        "cifar10",
-        tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
-        "test_batch.bin",
-        "batches.meta.txt",
-        0,
-        label_bytes=1,
+        "cifar10", tuple(f"{name}.bin" for name in BATCHES), "test_batch.bin", "batches.meta.txt", label_bytes=1
     ),
     "cifar-100-python": Layout("cifar100", ("train",), "test", "meta", "fine_labels", "fine_label_names"),
-    "cifar-100-binary": Layout("cifar100", ("train.bin",), "test.bin", "fine_label_names.txt", 1, label_bytes=2),
+    "cifar-100-binary": Layout("cifar100", ("train.bin",), "test.bin", "fine_label_names.txt", label_bytes=2),
 }
 
 
@@ -94,7 +91,7 @@ def _classes(meta: Path, layout: Layout) -> tuple[str, ...]:
 def read(part: Part, folder: Path, reading: Reading) -> Images:
     """The images of the files. Errors: UserError for a truncated or damaged file, by name."""
     layout = LAYOUTS[part.kind]
-    if layout.names:
+    if layout.labels:
         found = [_read_python(file, layout) for file in part.files]
     else:
         found = [_read_binary(file, layout) for file in part.files]
@@ -114,16 +111,16 @@ def _read_binary(file: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(str(file), f"a complete file of {row} bytes a row, found {whole} rows and {rest} bytes")
     rows = content.reshape(whole, row)
     images = rows[:, layout.label_bytes :].reshape(whole, 3, 32, 32)
-    return images, rows[:, layout.label].astype(np.int64)
+    return images, rows[:, layout.label_bytes - 1].astype(np.int64)
 
 
 def _read_python(file: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     batch = _load(file)
     try:
         images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(batch[layout.label], np.int64)
+        labels = np.asarray(batch[layout.labels], np.int64)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        wanted = f"a batch of `data` and `{layout.label}`"
+        wanted = f"a batch of `data` and `{layout.labels}`"
         raise UserError(str(file), f"{wanted} ({type(error).__name__}: {error})") from None
     if labels.shape != (len(images),):
         raise UserError(str(file), f"one label for each of {len(images)} images, found {labels.size}")

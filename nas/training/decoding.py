@@ -65,9 +65,7 @@ def decode(chunks: Iterator[Chunk], count: int, folder: Path, reading: Reading) 
         named = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
         raise UserError(f"{len(broken)} of {count} images", f"images that can be read (or skip_broken): {named}")
     if images is None:
-        raise UserError(
-            "0 images", f"images that can be read; {len(broken)} cannot" if broken else "at least one image"
-        )
+        raise UserError("0 images", "at least one that can be read" + (f"; {len(broken)} cannot" if broken else ""))
     if len(labels) < count:
         kept = np.array(images[: len(labels)])
         (folder / "images.npy").unlink()

@@ -129,6 +129,15 @@ def test_plain_values_are_read_at_any_protocol(protocol):
     assert found == value
 
 
+def test_strings_of_python_2():
+    """Protocol 2 as Python 2 wrote it: U is a byte string, of any bytes."""
+    data = b"\x80\x02}U\x01kU\x02\xff\x00s."
+    assert load_pickle(io.BytesIO(data), "old.pkl", encoding="bytes") == {b"k": b"\xff\x00"}
+    assert load_pickle(io.BytesIO(data), "old.pkl", encoding="latin1") == {"k": "\xff\x00"}
+    with pytest.raises(UserError, match="old.pkl.*a complete pickle"):
+        load_pickle(io.BytesIO(data), "old.pkl")
+
+
 def test_truncated_pickles_are_named():
     data = pickle.dumps(list(range(1000)))
     for end in (0, 1, 10, len(data) // 2, len(data) - 1):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
-import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -159,44 +157,6 @@ def test_the_location_comes_from_the_environment(cifar, monkeypatch):
     assert len(load_data("cifar10").test) == 100
 
 
-def python2_string(data: bytes) -> bytes:
-    return b"T" + struct.pack("<i", len(data)) + data
-
-
-def python2_batch(images: np.ndarray, labels: list[int]) -> bytes:
-    """A batch as Python 2 pickled it: every string, the pixels included, is a byte string."""
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n"
-    array += b"(I%d\nI3072\nt" % len(images) + b"cnumpy\ndtype\n(U\x02u1I0\nI1\ntR(I3\nU\x01|NNNI-1\nI-1\nI0\ntbI00\n"
-    array += python2_string(images.tobytes()) + b"tb"
-    listed = b"(" + b"".join(b"I%d\n" % label for label in labels) + b"l"
-    return b"\x80\x02(" + python2_string(b"data") + array + python2_string(b"labels") + listed + b"d."
-
-
-def test_cifar10_from_the_python_folder(cifar, tmp_path):
-    images, labels = pixels_of(cifar, "train")
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    for k in range(5):
-        rows = slice(80 * k, 80 * k + 80)
-        (folder / f"data_batch_{k + 1}").write_bytes(
-            python2_batch(images[rows].reshape(80, 3072), labels[rows].tolist())
-        )
-    test_images, test_labels = pixels_of(cifar, "test")
-    (folder / "test_batch").write_bytes(
-        pickle.dumps({"data": test_images.reshape(-1, 3072), "labels": test_labels.tolist()}, protocol=2)
-    )
-    ours, theirs = load_data("cifar10", root=tmp_path, size=16), load_data("cifar10", root=cifar, size=16)
-    assert torch.equal(ours.train.images, theirs.train.images)
-    assert torch.equal(ours.val.labels, theirs.val.labels)
-    assert torch.equal(ours.test.images, theirs.test.images)
-    (folder / "data_batch_2").write_bytes(b"\x80\x02cos\nsystem\n(U\x04truetR.")
-    with pytest.raises(UserError, match=r"data_batch_2.*os\.system"):
-        load_data("cifar10", root=tmp_path)
-    (folder / "data_batch_2").unlink()
-    with pytest.raises(UserError, match="data_batch_2 is missing"):
-        load_data("cifar10", root=tmp_path)
-
-
 # -- folders and Parquet of one's own ----------------------------------------------------------------------------
 
 
@@ -274,6 +234,26 @@ def test_labels_that_do_not_fit(tmp_path, rng, labels, names, message):
         load_data(str(tmp_path))
 
 
+def test_data_without_images(tmp_path, rng):
+    write_parquet(tmp_path / "a" / "train.parquet", [], [])
+    with pytest.raises(UserError, match="'0 images': expected at least one that can be read$"):
+        load_data(str(tmp_path / "a"))
+    with pytest.raises(UserError, match="a folder with images: train.parquet, cifar-10-batches-py"):
+        load_data(str(tmp_path))
+    write_folder(tmp_path / "b", rng)
+    (tmp_path / "b" / "eel").mkdir()
+    with pytest.raises(UserError, match="class 'eel'.*1 of 3 have none$"):
+        load_data(str(tmp_path / "b"))
+    write_folder(tmp_path / "c" / "train", rng)
+    for name in ("cat", "dog"):
+        (tmp_path / "c" / "test" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="c/test'.*images in class folders"):
+        load_data(str(tmp_path / "c"))
+    write_folder(tmp_path / "d", rng, count=2)
+    with pytest.raises(UserError, match="class 'cat' with 2 images.*3 images or more.*val and test are split off"):
+        load_data(str(tmp_path / "d"))
+
+
 def test_parquet_without_the_columns(tmp_path):
     pq.write_table(pa.table({"pixels": [1], "label": [0]}), tmp_path / "train.parquet")
     with pytest.raises(UserError, match="columns `image` and `label`; it has pixels, label"):
@@ -315,6 +295,23 @@ def test_digits_test_images_never_depend_on_the_seed():
         counts = torch.bincount(part.labels, minlength=10)
         assert (counts - share * 179.7).abs().max() < 2
     assert load_data("digits", size=4).shape == (1, 4, 4)
+
+
+def test_a_description_changes_with_the_data(rng):
+    described = load_data("digits").describe()
+    assert json.loads(json.dumps(described)) == described
+    assert list(described["images"]) == ["train", "val", "test"]
+    assert sum(described["images"].values()) == 1797
+    assert described["shape"] == [1, 8, 8]
+    assert described["num_classes"] == 10
+    assert load_data("digits").describe() == described
+    assert load_data("digits", seed=1).describe() != described
+    data = load_data("digits")
+    data.train.labels[700] = (data.train.labels[700] + 1) % 10
+    assert data.describe()["content"] != described["content"]
+    other = load_data("digits")
+    other.val.images[0, 0, 3, 3] += 0.25
+    assert other.describe()["content"] != described["content"]
 
 
 OWN = {}
@@ -362,9 +359,73 @@ def test_arrays_of_ones_own(own, rng):
     )
 
 
+def pictures():
+    """Pillow images in a palette, with transparency, in one bit and in colour, 12 of each of two classes."""
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        image = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8))
+        yield image.convert(("P", "RGBA", "RGB")[k % 3]), np.int64(k % 2)
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    classes = ("even", "odd")
+
+    def __iter__(self):
+        return ((torch.full((1, 4, 4), float(k)) + torch.eye(4), torch.tensor(k % 2)) for k in range(20))
+
+
+def streamed_parts():
+    whole = Pairs()
+    return {"train": torch.utils.data.Subset(whole, range(12)), "val": Streamed3(), "test": Streamed3()}
+
+
+class Streamed3(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return (Pairs()[k] for k in range(12, 20))
+
+    def __len__(self):
+        return 8
+
+
+def test_an_iterable_dataset_of_ones_own(own):
+    data = load_data(own + "Streamed")
+    assert data.classes == ("even", "odd")
+    assert data.shape == (1, 4, 4)
+    images, labels = torch.cat([data.train.images, data.val.images, data.test.images]), data.train.labels
+    assert sorted(images[:, 0, 0, 1].tolist()) == list(range(20))
+    assert (data.train.images[:, 0, 0, 1] % 2 == labels).all()
+
+
+def test_parts_of_ones_own_and_the_classes_of_a_subset(own):
+    data = load_data(own + "streamed_parts")
+    assert data.classes == ("even", "odd")
+    assert (len(data.train), len(data.val), len(data.test)) == (12, 8, 8)
+    assert sorted(data.test.images[:, 0, 0, 1].tolist()) == list(range(12, 20))
+
+
+def test_pictures_of_ones_own(own):
+    data = load_data(own + "pictures")
+    assert data.shape == (3, 6, 5)
+    found = {image.numpy().tobytes() for s in (data.train, data.val, data.test) for image in s.images}
+    assert found == {np.asarray(image.convert("RGB")).transpose(2, 0, 1).tobytes() for image, _ in pictures()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda x, y: (x[:0], y[:0]), "'0 train images': expected at least one image"),
+        (lambda x, y: [], "'0 train images'"),
+        (lambda x, y: (x[:, :0], y), "images with pixels"),
+        (lambda x, y: (x, y * 10**9), "train label 2000000000.*count from 0"),
+        (lambda x, y: (x, y + 1), "class '0'.*1 of 4 have none; labels count from 0"),
+        (lambda x, y: (x, np.minimum(np.arange(30), 1)), "class '0' with 1 images.*3 images or more"),
+        (lambda x, y: {"train": (x, y), "test": (x[:, :4], y)}, "test images of shape .*the shape of the training"),
+        (lambda x, y: {"train": (x, y), "test": (x, y + 1)}, "'test label 3': expected labels from 0 to 2"),
+        (lambda x, y: {"train": (x, y), "val": (x[:0], y[:0])}, "'0 val images'"),
+        (lambda x, y: [(x[0], 0), (x[1, :4], 1)], "train image 1.*images of one shape"),
+        (lambda x, y: [(x[0], 0), x[1]], "item 1 is of type ndarray"),
+        (lambda x, y: [(x[0], y)], "train label 0 of shape"),
+        (lambda x, y: (x.astype(str), y), "pixels that are real numbers"),
         (lambda x, y: (np.where(np.arange(30)[:, None, None] == 4, np.nan, x), y), "train image 4.*NaN"),
         (lambda x, y: (x, y[:-1]), "one label for each of 30 images"),
         (lambda x, y: (x, y + 0.5), "whole numbers"),
