@@ -63,6 +63,8 @@ def evaluate(
     for timing in found.timings:
         if timing.reason:
             output.warn(f"not compiled for batches of {timing.batch_size}: {timing.reason}")
+    if trained.task.recipe.batch_statistics:
+        output.warn("the training measured with the statistics of each batch; here running statistics are used")
     output.finish({"run": str(trained.run.path), "trial": trained.record.id, **found.as_json()})
 
 
@@ -89,7 +91,7 @@ def _print(output: Output, found: Evaluation) -> None:
     if found.timings:
         threads = "" if found.device != "cpu" else f", {found.threads} thread{'s' if found.threads != 1 else ''}"
         output.say(f"\nlatency ({found.device}{threads}; median)", style="bold")
-        rows = [[t.mode, t.batch_size, t.latency_ms, t.images_per_second] for t in found.timings]
+        rows = [[t.mode, t.batch_size, t.latency_ms, _rate(t.images_per_second)] for t in found.timings]
         output.table(["mode", "batch size", "ms", "images per second"], rows)
     output.say("\nclasses", style="bold")
     output.table(["class", "images", "accuracy (%)"], _class_rows(found))
@@ -101,13 +103,14 @@ def _print(output: Output, found: Evaluation) -> None:
 
 def _class_rows(found: Evaluation) -> Sequence[Sequence[Any]]:
     """Every class of a few; of many the ones with the lowest and the highest accuracy."""
-    rows = [
+    rows: list[list[Any]] = [
         [name, sum(row), accuracy]
         for name, row, accuracy in zip(found.classes, found.confusion, found.class_accuracy, strict=True)
     ]
     if len(rows) <= 4 * WORST_CLASSES:
         return rows
-    measured = sorted((row for row in rows if row[2] is not None), key=lambda row: row[2])
+    order = sorted((accuracy, k) for k, accuracy in enumerate(found.class_accuracy) if accuracy is not None)
+    measured = [rows[k] for _, k in order]
     if len(measured) <= 2 * WORST_CLASSES:
         return measured
     return [*measured[:WORST_CLASSES], ["...", None, None], *measured[-WORST_CLASSES:]]
@@ -120,3 +123,7 @@ def _percent(value: float, interval: tuple[float, float] | None, more: str = "")
 
 def _bytes(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+
+
+def _rate(value: float | None) -> float | None:
+    return value if value is None or value < 100 else round(value)
