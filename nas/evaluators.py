@@ -218,28 +218,62 @@ def as_evaluator(found: object) -> Evaluator:
 
 
 def make_evaluator(
-    text: str, objectives: Sequence[Objective] | None = None, label: str = "val", seed_policy: int | str = "mean"
+    text: str,
+    objectives: Sequence[Objective] | None = None,
+    label: str = "val",
+    seed_policy: int | str = "mean",
+    training: Mapping[str, Any] | None = None,
 ) -> Evaluator:
-    """The evaluator that `text` names: `table:ID` or `package.module:object`. Errors: UserError."""
+    """The evaluator that `text` names: `table:ID`, `train` or `package.module:object`.
+
+    training: the settings of `train`, as `TrainEvaluator.as_json` gives them. Errors: UserError; TestSplitError for
+    an objective on test images.
+    """
     kind, colon, rest = text.partition(":")
+    if text == "train":
+        return _train_evaluator(objectives or (), label, training)
     if kind == "table" and rest:
         metrics = tuple(dict.fromkeys(o.name for o in objectives or ()))
         return TableEvaluator(rest, metrics, label, seed_policy)
     if colon and rest.replace(".", "_").isidentifier():
         _load(text)
         return ObjectEvaluator(text)
-    raise UserError(text, "an evaluator: table:<benchmark id> or package.module:object", _similar(text))
+    raise UserError(text, "an evaluator: table:<benchmark id>, train or package.module:object", _similar(text))
+
+
+def _train_evaluator(objectives: Sequence[Objective], label: str, training: Mapping[str, Any] | None) -> Evaluator:
+    from nas.training.evaluator import METRICS, TrainEvaluator
+
+    if training is None:
+        raise UserError("train", "the settings of a training beside it (a space and a recipe)")
+    if label != "val":
+        raise TestSplitError(label, "validation images: a search by training never sees test images", "val")
+    for objective in objectives:
+        if objective.name.startswith("test_"):
+            hint = "a metric of training or validation images; test images are for `nas train` and `nas evaluate`"
+            raise TestSplitError(objective.name, hint, objective.name.replace("test_", "val_", 1))
+        if objective.name not in METRICS:
+            raise UserError(
+                objective.name, f"a metric of a training ({one_of(METRICS)})", nearest(objective.name, METRICS)
+            )
+    return TrainEvaluator.from_json(training)
 
 
 def _similar(text: str) -> str | None:
     from benchmarks.registry import known_ids
 
+    if nearest(text, ["train"]):
+        return "train"
     close = nearest(text.partition(":")[2] or text, known_ids())
     return f"table:{close}" if close else None
 
 
 def space_of(evaluator: Evaluator) -> SearchSpace:
-    """The space of a table's evaluator. Errors: UserError for other evaluators, which must be given one."""
+    """The space of a table, or the one that the evaluator names itself. Errors: UserError for others, which must be
+    given one."""
     if isinstance(evaluator, TableEvaluator):
         return load_space(evaluator.table.space_name)
+    named = getattr(evaluator, "space", None)
+    if isinstance(named, str):
+        return load_space(named)
     raise UserError("--space", "a space beside an evaluator that is no table")

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import nas
 from nas.cli import options
-from nas.cli.context import command_line, environment
+from nas.cli.context import command_line, default_folder, environment
 from nas.cli.output import Output
 from search_spaces.common.errors import UserError
+
+if TYPE_CHECKING:
+    from nas.training.evaluator import TrainEvaluator
+
+Norm = Annotated[str | None, typer.Option("--norm", help="Every normalisation; `nas layers list` names layers.")]
+Act = Annotated[str | None, typer.Option("--act", help="Every activation.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="One layer for both: a name, a formula, RUN:best.")]
+ValShare = Annotated[float | None, typer.Option("--val-share", help="Of the training images (default: the preset's).")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Of the split into training and validation images.")]
+TrainSeed = Annotated[int, typer.Option("--train-seed", help="Of weights, order and augmentation of all trainings.")]
+OwnSchedule = Annotated[
+    bool,
+    typer.Option(
+        "--own-schedule", help="A learning rate that falls to the end of each fidelity; such trainings cannot go on."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads of each training, whatever --workers is.")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and use trainings in $NASFORGE_HOME.")]
 
 
 def search(
     benchmark: options.Benchmark = None,
-    evaluator: Annotated[str | None, typer.Option(help="table:ID or package.module:object.")] = None,
+    evaluator: Annotated[str | None, typer.Option(help="table:ID, train or package.module:object.")] = None,
     space: Annotated[
         str | None, typer.Option(help="A space's name or package.module:object (tables know theirs).")
     ] = None,
@@ -32,16 +53,56 @@ def search(
     seed: options.Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes that evaluate.")] = 1,
     timeout: Annotated[float | None, typer.Option(help="Seconds for one evaluation.")] = None,
+    data: options.Data = "digits",
+    data_root: options.DataRoot = None,
+    size: options.Size = None,
+    preset: options.Preset = "digits-tiny",
+    change: options.Changes = None,
+    scale: options.Scale = None,
+    norm: Norm = None,
+    act: Act = None,
+    layer: Layer = None,
+    val_share: ValShare = None,
+    split_seed: SplitSeed = 0,
+    train_seed: TrainSeed = 0,
+    own_schedule: OwnSchedule = False,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    cache: Cache = True,
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: a new one below runs/).")] = None,
     json: options.Json = False,
 ) -> None:
-    """Search for an architecture; the run can be continued, reported and shown afterwards."""
+    """Search for an architecture; the run can be continued, reported and shown afterwards.
+
+    The options from --data to --cache are those of --evaluator train.
+    """
     if (benchmark is None) == (evaluator is None):
         raise UserError("--benchmark", "one of --benchmark and --evaluator")
     if queries is None and simulated_seconds is None and wall_seconds is None:
         queries = 300
+    training = read_training(
+        evaluator,
+        space,
+        preset,
+        change,
+        scale,
+        data=data,
+        root=None if data_root is None else str(data_root),
+        size=size,
+        norm=norm,
+        act=act,
+        layer=layer,
+        val_share=val_share,
+        split_seed=split_seed,
+        train_seed=train_seed,
+        own_schedule=own_schedule,
+        device=device,
+        threads=threads,
+        cache=cache,
+    )
     settings = {
         "evaluator": evaluator or f"table:{benchmark}",
+        "training": training,
         "space": space,
         "strategy": strategy,
         "strategy_settings": options.read_settings(setting),
@@ -55,6 +116,29 @@ def search(
     }
     output = Output("search", json, seed)
     _search(settings, out, output)
+
+
+def read_training(
+    evaluator: str | None, space: str | None, preset: str, change: Any, scale: Any, **given: Any
+) -> dict[str, Any] | None:
+    """The settings of a TrainEvaluator from the options of a command; None for other evaluators.
+
+    Errors: UserError, also for an option that the evaluator has no use for.
+    """
+    if evaluator != "train":
+        unused = {"preset": preset, "set": change, "scale": scale, **given}
+        plain = {"preset": "digits-tiny", "data": "digits", "device": "cpu", "threads": 1, "cache": True}
+        for name, value in unused.items():
+            if value != plain.get(name) and value not in (None, 0, False):
+                option = f"--{ {'root': 'data-root'}.get(name, name).replace('_', '-') }"
+                raise UserError(option, "--evaluator train with it: other evaluators train nothing")
+        return None
+    from nas.training.evaluator import train_evaluator
+
+    if space is None:
+        raise UserError("--space", "the space that --evaluator train is to train networks of", "nas-bench-201")
+    changes, network = options.read_settings(change), options.read_settings(scale)
+    return train_evaluator(space, preset, changes=changes, scale=network, **given).as_json()
 
 
 def resume(
@@ -71,6 +155,11 @@ def resume(
 
         settings["workers"] = workers or settings["workers"]
         resume_layers(settings, Path(run), Output("resume", json, settings["seed"]))
+        return
+    if settings.get("kind") == "training":
+        from nas.cli.train import resume as resume_training
+
+        resume_training(settings, Path(run), Output("resume", json, settings["seeds"][0]))
         return
     if settings.get("kind") != "search":
         raise UserError(run, f"a search; this run is a {settings.get('kind')}")
@@ -91,7 +180,10 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     name = strategy_class(settings["strategy"]).name
     objectives = parse_objectives(settings["objectives"]) if settings["objectives"] else None
     budget = Budget(**settings["budget"])
-    evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], settings["seed_policy"] or "mean")
+    policy, training = settings["seed_policy"] or "mean", settings.get("training")
+    if training is not None and objectives is None:
+        objectives = parse_objectives("val_acc")
+    evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], policy, training)
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
     if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:
         raise UserError(space.name, f"the space of {evaluator.benchmark}", evaluator.table.space_name)
@@ -114,7 +206,13 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
         "describe": describe,
     }
     if out is None:
-        out = _default_folder(f"{evaluator_text.partition(':')[2]}-{name}-seed{settings['seed']}", settings)
+        subject = evaluator_text.partition(":")[2]
+        if training is not None:
+            subject = f"train-{settings['space']}-{Path(training['data']).name}"
+        out = default_folder(f"{subject}-{name}-seed{settings['seed']}")
+    if training is not None:
+        evaluator = prepared(evaluator, out, arguments["strategy_settings"])
+        describe["training"] = evaluator.as_json()
     with output.progress("evaluations") as progress:
         result = run_search(space, evaluator, out=out, progress=progress, **arguments)
     _print(result, out, output)
@@ -126,17 +224,20 @@ def _evaluator_text(evaluator: Any, given: str) -> str:
     return f"table:{evaluator.benchmark}" if isinstance(evaluator, TableEvaluator) else given
 
 
-def _default_folder(name: str, settings: Mapping[str, Any]) -> Path:
-    """runs/<name>, or runs/<name>-2, ... : the first that is free or was begun by the same command."""
+def prepared(evaluator: Any, out: Path, strategy_settings: Mapping[str, Any]) -> TrainEvaluator:
+    """An evaluator that trains, checked, under the account of the run in the folder `out` or of a new one.
+
+    Errors: UserError for a network or data that do not fit, and for fidelities beyond the training's end.
+    """
     from nas.run import Run
 
-    stem = "".join(c if c.isalnum() or c in ".-" else "-" for c in name)
-    number = 1
-    while True:
-        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not path.exists() or (Run.exists(path) and Run.open(path).settings.get("command") == command_line()):
-            return path
-        number += 1
+    account = secrets.token_hex(8)
+    if Run.exists(out):
+        account = (Run.open(out).settings.get("training") or {}).get("account", account)
+    evaluator.check()
+    for fidelity in strategy_settings.get("fidelities", ()):
+        evaluator.steps(fidelity)
+    return replace(evaluator, account=account)
 
 
 def _print(result: Any, out: Path, output: Output) -> None:
@@ -162,9 +263,28 @@ def _print(result: Any, out: Path, output: Output) -> None:
         lines["test"] = summary["best_test"] if summary["best_test"] is not None else "no test values in this table"
     if len(summary["front"] or ()) > 1:
         lines["front"] = f"{len(summary['front'])} architectures"
-        lines["hypervolume regret"] = summary["hypervolume_regret"]
+        if summary["hypervolume_regret"] is not None:
+            lines["hypervolume regret"] = summary["hypervolume_regret"]
+    if best["fidelity"] is not None and "training" in result.settings:
+        lines["epochs"] = best["fidelity"]
     lines["queries"] = summary["queries"]
+    if "training" in result.settings:
+        lines["trained"] = trained(result)
     lines["run"] = str(out)
     output.pairs(lines)
     output.say(f"\nreport: nas report {out}    drawing: nas show {out}:best", style="dim")
     output.finish({"run": str(out), **summary})
+
+
+def trained(result: Any) -> str:
+    """What a search by training has trained: how many architectures, for how long."""
+    told = [r for r in result.records if r.status != "asked"]
+    seconds = sum((r.metrics or {}).get("cost_seconds", 0.0) for r in told)
+    return f"{len({r.arch for r in told}):,} architectures, {clock(seconds)} in all"
+
+
+def clock(seconds: float) -> str:
+    """A length of time as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
