@@ -7,9 +7,8 @@ here: kornia, which serves the policies of `nas.training.policies`, draws from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -183,82 +182,3 @@ def _stripes(centre: np.ndarray, length: np.ndarray, size: int) -> Tensor:
 def _boxes(rows: Tensor, columns: Tensor) -> Tensor:
     """Boolean [B, 1, H, W] from the stripes of rows and columns."""
     return (rows[:, :, None] & columns[:, None, :])[:, None]
-
-
-# -- batches of the loop, until it takes them from nas.training.batches ------------------------------------------
-
-
-class Batches:
-    """An endless iterator of (images, labels): epoch after epoch in fresh random order, incomplete batches dropped.
-
-    images: [N, C, H, W], labels: [N]. generator: on the CPU; gives the order, its seed the augmentation. augment:
-    before `normalize`. Errors: UserError if there are fewer images than a batch holds.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        generator: torch.Generator,
-        augment: Augment | None = None,
-        normalize: Callable[[Tensor], Tensor] | None = None,
-    ):
-        if not 1 <= batch_size <= len(images):
-            raise UserError(batch_size, f"a batch size from 1 to the number of training images, {len(images)}")
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.generator, self.augment, self.normalize = generator, augment, normalize
-        self._order = torch.zeros(0, dtype=torch.int64)
-        self._position, self._epoch = 0, -1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        if self._position + self.batch_size > len(self._order):
-            self._order = torch.randperm(len(self.images), generator=self.generator)
-            self._position, self._epoch = 0, self._epoch + 1
-        chosen = self._order[self._position : self._position + self.batch_size]
-        rows = chosen.to(self.images.device)
-        self._position += self.batch_size
-        images = self.images[rows]
-        if self.augment is not None:
-            images = self.augment(images, Draws(self.generator.initial_seed(), self._epoch, chosen.numpy()))
-        if self.normalize is not None:
-            images = self.normalize(images)
-        return images, self.labels[rows]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Order, position and generator: what `load_state_dict` needs to go on with the same next batch."""
-        state = self.generator.get_state()
-        return {"order": self._order, "position": self._position, "epoch": self._epoch, "generator": state}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Errors: UserError if it was taken from another number of images."""
-        if len(state["order"]) not in (0, len(self.images)):
-            raise UserError(len(self.images), f"{len(state['order'])} training images, as in the saved state")
-        self._order, self._position, self._epoch = state["order"], int(state["position"]), int(state["epoch"])
-        self.generator.set_state(state["generator"])
-
-
-def batches(
-    images: Tensor,
-    labels: Tensor,
-    batch_size: int,
-    *,
-    generator: torch.Generator,
-    augment: Augment | None = None,
-    normalize: Callable[[Tensor], Tensor] | None = None,
-) -> Batches:
-    """`Batches` of these images."""
-    return Batches(images, labels, batch_size, generator=generator, augment=augment, normalize=normalize)
-
-
-def evaluation_batches(
-    images: Tensor, labels: Tensor, batch_size: int, *, normalize: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images once, in order, the last batch perhaps smaller."""
-    for start in range(0, len(images), batch_size):
-        chosen = images[start : start + batch_size]
-        yield (normalize(chosen) if normalize else chosen), labels[start : start + batch_size]

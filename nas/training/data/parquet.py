@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nas.training.cache import Images
-from nas.training.decoding import CHUNK, Chunk, Part, Reading, decode
+from nas.training.data.cache import Images
+from nas.training.data.decoding import CHUNK, Chunk, Part, Reading, decode
 from search_spaces.common.errors import UserError
 
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

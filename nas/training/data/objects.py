@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nas.training.cache import Images
+from nas.training.data.cache import Images
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import load_object
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas.training.cache import Images, channel_moments
-from nas.training.cifar import CIFAR10_CLASSES, CLASSES
-from nas.training.decoding import Reading
-from nas.training.objects import read_object
-from nas.training.sources import locate, read_part
+from nas.training.data.cache import Images, channel_moments
+from nas.training.data.cifar import CIFAR10_CLASSES, CLASSES
+from nas.training.data.decoding import Reading
+from nas.training.data.objects import read_object
+from nas.training.data.sources import locate, read_part
 from search_spaces.common.errors import UserError
 from search_spaces.common.files import home
 from search_spaces.common.names import nearest
@@ -117,8 +117,8 @@ def load_data(
     """The data set `name`, its training part split into training and validation by `seed`, stratified by class.
 
     name: `digits` (scikit-learn's, 8x8 grey), `cifar10`, `cifar100`, the path of a folder, or
-    `package.module:object` as in `nas.training.objects.read_object`. root: where named data lie (default:
-    $NASFORGE_DATA, or `data` in $NASFORGE_HOME); formats are those of `nas.training.sources.find_parts`. size: images
+    `package.module:object` as in `nas.training.data.objects.read_object`. root: where named data lie (default:
+    $NASFORGE_DATA, or `data` in $NASFORGE_HOME); formats are those of `nas.training.data.sources.find_parts`. size: images
     averaged down to [size, size] (8-bit ones rounded to 8 bits). channels: 3 or 1, of files. val_share: of the
     training images, where the data have no validation part. Data without a test part lose a fifth to one that no
     seed changes. Decoded files are kept in $NASFORGE_HOME/cache; a user's own objects are not. skip_broken: leave

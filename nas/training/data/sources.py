@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from nas.training import cifar, folders, parquet
-from nas.training.cache import Images, cached, file_stamps
-from nas.training.decoding import Part, Reading
+from nas.training.data import cifar, folders, parquet
+from nas.training.data.cache import Images, cached, file_stamps
+from nas.training.data.decoding import Part, Reading
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import nearest
 

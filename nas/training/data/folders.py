@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from nas.training.cache import Images
-from nas.training.decoding import CHUNK, Chunk, Part, Reading, decode
-from nas.training.parquet import PART_NAMES
+from nas.training.data.cache import Images
+from nas.training.data.decoding import CHUNK, Chunk, Part, Reading, decode
+from nas.training.data.parquet import PART_NAMES
 from search_spaces.common.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff"}

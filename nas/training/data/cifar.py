@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nas.training.cache import Images
-from nas.training.decoding import Part, Reading, convert
+from nas.training.data.cache import Images
+from nas.training.data.decoding import Part, Reading, convert
 from search_spaces.common.errors import UserError
 from search_spaces.common.pickles import load_pickle
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.training.cache import Images
+from nas.training.data.cache import Images
 from search_spaces.common.errors import UserError
 
 CHUNK = 2048  # images decoded at a time; what is in flight stays small
@@ -21,7 +21,7 @@ Chunk = tuple[list[str], list[Any], list[int]]  # names, image bytes or paths (N
 
 @dataclass(frozen=True)
 class Part:
-    """One part (train, val or test) of a data set on disk. kind: a key of `nas.training.sources.READERS`."""
+    """One part (train, val or test) of a data set on disk. kind: a key of `nas.training.data.sources.READERS`."""
 
     kind: str
     files: tuple[Path, ...]
