@@ -1,4 +1,4 @@
-"""Training: data, the one loop, recalibration of running statistics. Nothing heavy is imported before it is used."""
+"""Training: data, recipes, the one loop, trainings as runs. Nothing heavy is imported before it is used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ HOMES = {
     "Split": "nas.training.data",
     "load_data": "nas.training.data",
     "CropFlip": "nas.training.augment",
-    "batches": "nas.training.augment",
-    "evaluation_batches": "nas.training.augment",
-    "Recipe": "nas.training.loop",
+    "Batches": "nas.training.batches",
+    "evaluation_batches": "nas.training.batches",
+    "Recipe": "nas.training.recipe",
+    "preset": "nas.training.presets",
     "STOP": "nas.training.loop",
     "TrainResult": "nas.training.loop",
     "evaluate": "nas.training.loop",
     "train": "nas.training.loop",
     "recalibrate": "nas.training.recalibrate",
+    "Task": "nas.training.task",
+    "train_run": "nas.training.runs",
+    "load_trained": "nas.training.runs",
+    "save_state": "nas.training.checkpoints",
+    "load_state": "nas.training.checkpoints",
 }
 __all__ = sorted(HOMES)
 

@@ -64,6 +64,9 @@ class Batches:
         whole, rest = divmod(len(images), batch_size)
         self.last_size = rest if rest and not drop_last else batch_size
         self.steps_per_epoch = whole + (rest > 0 and not drop_last)
+        if self.last_size < world:
+            expected = f"an image for each of {world} processes; drop_last leaves the last batch out"
+            raise UserError(f"a last batch of {self.last_size}", expected)
         self._known, self._order = (-1, -1), np.zeros(0, np.int64)
 
     def rows(self, step: int) -> np.ndarray:

@@ -20,13 +20,17 @@ from nas.training.recipe import Recipe
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.files import atomic_write
 
-FORMAT = 2
+FORMAT = 2  # 1 was the layer search's before there were epochs
 KEPT = 2
 # What may change between a checkpoint and the training that goes on from it.
 FREE = (
     *("steps", "epochs", "schedule", "decay_share", "warmup_steps", "warmup_epochs", "milestones", "gamma"),
     *("final_rate", "rate_per_epoch", "learning_rate", "source", "eval_batch_size", "patience", "kernels"),
 )
+
+
+class DamagedCheckpoint(UserError):
+    """A file that is no complete checkpoint; the one before it may be."""
 
 
 def state_dict(state: LoopState) -> dict[str, Any]:
@@ -57,8 +61,6 @@ def load_state_dict(state: LoopState, content: Mapping[str, Any]) -> None:
     if state.average is not None:
         state.average.load_state_dict(content["average"])
     state.batches.seed = content["seed"]
-    if len(content["random"]) != state.processes.world:
-        raise ValueError(f"it was written by {len(content['random'])} processes, these are {state.processes.world}")
     state.random = dict(content["random"][state.processes.rank])
     state.step, state.losses = content["step"], content["losses"].tolist()
     state.hits, state.seen = content["hits"], content["seen"]
@@ -102,6 +104,9 @@ def restore(state: LoopState, path: str | os.PathLike[str], recipe: Recipe) -> d
     differences = [d for d in recipe.differences(content["recipe"]) if d.split(":")[0] not in FREE]
     if differences:
         raise UserError(name, f"a checkpoint of the same recipe; {'; '.join(differences)}")
+    if len(content["random"]) != state.processes.world:
+        expected = f"as many as wrote {name}, {len(content['random'])}: each has its own random numbers"
+        raise UserError(f"{state.processes.world} processes", expected)
     if content["images"] != len(state.batches.images):
         raise UserError(len(state.batches.images), f"{content['images']} training images, as in {name}")
     try:
@@ -123,8 +128,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         version = content["format"]
     except FileNotFoundError:
         raise UserError(name, "a checkpoint that exists") from None
+    except PermissionError:
+        raise UserError(name, "a checkpoint that can be read") from None
     except Exception as error:  # a damaged archive can raise nearly anything
-        raise UserError(name, f"a complete checkpoint ({str(error).splitlines()[0][:80]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:80]
+        raise DamagedCheckpoint(name, f"a complete checkpoint ({reason})") from None
     if version > FORMAT:
         raise UserError(name, f"a checkpoint of format {FORMAT} or older, found {version}; update nasforge")
     if version < FORMAT:
@@ -146,6 +154,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def keep_newest(folder: Path, count: int = KEPT) -> None:
-    """Delete all but the newest `count` checkpoints."""
-    for old in checkpoints(folder)[count:]:
+    """Delete all but the newest `count` checkpoints, and what killed processes left half written."""
+    for old in (*checkpoints(folder)[count:], *folder.glob(".step-*")):
         old.unlink(missing_ok=True)

@@ -1,13 +1,17 @@
 """Several processes that train one model: who this process is, and sums over all of them.
 
 Begun by torchrun, which sets RANK, WORLD_SIZE and LOCAL_RANK; alone, everything here does nothing.
+
+Each process trains on its share of every batch, gradients are averaged, and the result is that of one process with
+the whole batch up to rounding, with two exceptions: layers that normalise over the batch see their share of it, and
+running statistics are those of rank 0; dropout and drop-path draw other numbers on every rank.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +48,16 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
+    def first(self, value: Any) -> Any:
+        """`value` of the leading process, for decisions that all must take alike."""
+        return self.gather(value)[0]
+
+    def copy_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite `tensors` with those of the leading process."""
+        if self.world > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
@@ -55,15 +69,24 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined(device: str = "cpu") -> Iterator[Processes]:
-    """The group that torchrun began, for the length of a block: gloo on CPUs, nccl on GPUs."""
+    """The group that torchrun began, for the length of a block: gloo on CPUs, nccl on GPUs.
+
+    On GPUs `cuda` means the one of this process's local rank from then on. Errors: UserError if there are too few.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield ALONE
         return
     if not distributed.is_available():
         raise UserError(f"WORLD_SIZE={world}", "a PyTorch with torch.distributed")
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = device.startswith("cuda")
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{local_rank + 1} processes", f"one for each of {torch.cuda.device_count()} GPUs at most")
+        torch.cuda.set_device(local_rank)  # nccl's collectives go by the current device
+    distributed.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Processes(distributed.get_rank(), world, int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(distributed.get_rank(), world, local_rank)
     finally:
         distributed.destroy_process_group()

@@ -27,6 +27,7 @@ from nas.training.recalibrate import evaluating
 from nas.training.recipe import Recipe
 from search_spaces.common.errors import RunError, UserError
 
+LOWEST_SCALE = 2.0**-14  # of a float16 loss: thirty steps in a row that overflowed
 STOP = "stop"  # what a callback returns to end the training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Metrics = Mapping[str, float]
@@ -74,8 +75,8 @@ class LoopState:
 class TrainResult:
     """What a training gave. losses: training loss by step. metrics: `val_acc` (percent), `val_loss`, `val_count`.
 
-    stopped: why it ended before its last step, or None. failed: whether that was a loss that is not finite; then
-    there are no metrics.
+    stopped: why it ended before its last step, or None. failed: whether that was a loss or gradient that is not
+    finite; then there are no metrics.
     """
 
     steps: int
@@ -124,7 +125,8 @@ def _loss(outputs: Any, targets: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor
 def train_step(state: LoopState, batch: Batch, recipe: Recipe) -> float:
     """Forward, backward, clipping and one step of the optimiser; the loss over all processes.
 
-    A loss that is not finite changes nothing.
+    A loss or gradient that is not finite leaves parameters and optimiser as they were, and the state as failed;
+    running statistics have seen the batch by then.
     """
     device = device_of(state.model)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -138,19 +140,41 @@ def train_step(state: LoopState, batch: Batch, recipe: Recipe) -> float:
     sums = torch.stack([loss.detach() * size, (logits.argmax(1) == labels).sum(), loss.new_tensor(size)])
     total, hits, count = state.processes.total(sums).tolist()
     value = total / count
-    if math.isfinite(value):
-        # Gradients are averaged over processes, whose shares of a last batch may differ by an image.
-        share = size * state.processes.world / count
-        state.scaler.scale(loss if share == 1 else loss * share).backward()
+    if not math.isfinite(value):
+        return _fail(state, f"the training loss became {value}", value)
+    # Gradients are averaged over processes, whose shares of a last batch may differ by an image.
+    share = size * state.processes.world / count
+    state.scaler.scale(loss if share == 1 else loss * share).backward()
+    norm = _gradient_norm(state, recipe)
+    if not math.isfinite(norm):
+        return _fail(state, f"the norm of the gradient became {norm}", value)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.average is not None:
+        state.average.update_parameters(state.model)
+    state.hits, state.seen = state.hits + int(hits), state.seen + int(count)
+    return value
+
+
+def _gradient_norm(state: LoopState, recipe: Recipe) -> float:
+    """Clips the gradient if the recipe says so; its norm before.
+
+    In float16 a gradient that overflows is usual: the scaler leaves the step out and takes a lower scale, so that
+    only a gradient that overflows at every scale has no finite norm.
+    """
+    if state.scaler.is_enabled():
         if recipe.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        if state.average is not None:
-            state.average.update_parameters(state.model)
-        state.hits, state.seen = state.hits + int(hits), state.seen + int(count)
-    return value
+        return 0.0 if state.scaler.get_scale() > LOWEST_SCALE else math.inf
+    if recipe.clip_norm is not None:
+        return nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm).item()
+    return nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None]).item()
+
+
+def _fail(state: LoopState, reason: str, loss: float) -> float:
+    state.stopped, state.failed = f"{reason} at step {state.step + 1}", True
+    return loss
 
 
 @torch.no_grad()
@@ -163,9 +187,10 @@ def evaluate(
 ) -> dict[str, float]:
     """`acc` in percent, mean cross-entropy `loss` and `count` over (images, labels); the model is left as it was.
 
-    batch_statistics: normalise by each batch's own statistics. processes: each has its share of every batch.
-    Errors: UserError if there is no image.
+    batch_statistics: normalise by each batch's own statistics. processes: each has its share of every batch, and
+    running statistics become those of the leader. Errors: UserError if there is no image.
     """
+    processes.copy_first(model.buffers())
     right = total = 0
     loss = 0.0
     device = device_of(model)
@@ -189,7 +214,8 @@ def evaluate_split(
     """`evaluate` over a part of a data set, as the recipe says."""
     parts = {"rank": processes.rank, "world": processes.world}
     found = evaluation_batches(split.images, split.labels, recipe.eval_batch_size, normalize=data.normalize, **parts)
-    return evaluate(model, found, batch_statistics=recipe.batch_statistics, processes=processes)
+    with training_errors(recipe.eval_batch_size, "eval_batch_size"):
+        return evaluate(model, found, batch_statistics=recipe.batch_statistics, processes=processes)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -215,19 +241,31 @@ def random_states(state: dict[str, Tensor], device: torch.device) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _training_errors(batch_size: int) -> Iterator[None]:
+def training_errors(batch_size: int, setting: str = "batch_size") -> Iterator[None]:
+    """Says what to change where torch says what failed: UserError for a batch of one image that is normalised over
+    the batch and for labels that the model has no output for, RunError for too little memory."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
-            expected = "two images or more in every batch: the model normalises over the batch (drop_last leaves a"
-            raise UserError("a batch of one image", f"{expected} last image out)") from None
+            expected = "two images or more in every batch: the model normalises over the batch"
+            remedy = "drop_last leaves a last image out" if setting == "batch_size" else f"another {setting}"
+            raise UserError("a batch of one image", f"{expected} ({remedy})") from None
+        raise
+    except IndexError as error:
+        if "is out of bounds" in str(error) and str(error).startswith("Target"):
+            raise UserError(f"label {str(error).split()[1]}", "labels below the model's number of outputs") from None
         raise
     except RuntimeError as error:  # out of memory is one
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            hint = "lower batch_size, channels or layers, or use precision=bfloat16"
+        if out_of_memory(error):
+            hint = f"lower {setting}, channels or layers, or use precision=bfloat16"
             raise RunError(f"out of memory with batches of {batch_size} images; {hint}") from error
         raise
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether torch ran out of memory, on any device."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 # -- the loop ----------------------------------------------------------------------------------------------------
@@ -241,6 +279,8 @@ def check_model(model: nn.Module, data: Dataset) -> None:
         with torch.no_grad(), evaluating(model):
             outputs = model(images)
     except (RuntimeError, ValueError) as error:
+        if out_of_memory(error):
+            raise RunError("out of memory with two images; lower channels or layers") from error
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"images of {shape}", f"images that the model takes ({reason})") from None
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(images):
@@ -275,7 +315,9 @@ def start(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, process
             raise UserError(recipe.auxiliary_weight, "an auxiliary weight of 0 for a network without auxiliary head")
         forward = _WithAuxiliary(model)
     if processes.world > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, device_ids=[device] if device.type == "cuda" else None)
+        # Dead edges of a cell have parameters without gradient, for which the processes would wait for ever.
+        devices = [device] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(forward, device_ids=devices, find_unused_parameters=True)
     if recipe.kernels == "compile":
         forward = torch.compile(forward)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
@@ -297,9 +339,9 @@ def advance(
 ) -> LoopState:
     """Train until `steps` steps are done in all (default: the recipe's); the same state, changed.
 
-    A callback gets (steps done, {train_loss, learning_rate}) after every step and may return STOP. A loss that is not
-    finite ends the training before it reaches the weights. A state that stopped does not go on. Errors: UserError
-    for a batch that cannot be normalised; RunError when memory runs out.
+    A callback gets (steps done, {train_loss, learning_rate}) after every step and may return STOP. A loss or gradient
+    that is not finite ends the training before it reaches the weights. A state that stopped does not go on. Errors:
+    UserError for a batch that cannot be normalised; RunError when memory runs out.
     """
     per_epoch = state.batches.steps_per_epoch
     recipe = recipe.resolved(per_epoch)
@@ -307,7 +349,7 @@ def advance(
     begin = time.perf_counter()
     state.forward.train()
     state.model.train()
-    with random_states(state.random, device_of(state.model)), _training_errors(recipe.batch_size):
+    with random_states(state.random, device_of(state.model)), training_errors(recipe.batch_size):
         while state.step < last and state.stopped is None:
             rate = recipe.rate(state.step, per_epoch)
             for group in state.optimizer.param_groups:
@@ -317,8 +359,7 @@ def advance(
             loss = train_step(state, state.batches.batch(state.step), recipe)
             state.step += 1
             state.losses.append(loss)
-            if not math.isfinite(loss):
-                state.stopped, state.failed = f"the training loss became {loss} at step {state.step}", True
+            if state.failed:
                 break
             metrics = {"train_loss": loss, "learning_rate": rate}
             for callback in callbacks:
@@ -330,7 +371,7 @@ def advance(
 
 
 def result(state: LoopState, data: Dataset, recipe: Recipe) -> TrainResult:
-    """The state's curve, and its validation metrics unless its loss was not finite."""
+    """The state's curve, and its validation metrics unless it failed."""
     metrics = {}
     if not state.failed:
         found = evaluate_split(state.evaluated, data, data.val, recipe, state.processes)

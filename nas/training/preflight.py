@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -43,10 +45,13 @@ def forecast(state: LoopState, recipe: Recipe, last: int, seeds: int = 1) -> For
     device = device_of(state.model)
     before = snapshot(state)
     kept = _Kept(state.model)
+    watched: Any = contextlib.nullcontext()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        watched = torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        with watched:
             advance(state, recipe, steps=before["step"] + WARM_UP)
         kept.alive.clear()
         _wait(device)

@@ -163,7 +163,7 @@ def constant(recipe: Recipe, step: int) -> float:
 def linear(recipe: Recipe, step: int) -> float:
     """1, then down to 0 in a line over the last `decay_share` of the steps."""
     decay = recipe.decay_share * recipe.steps
-    return min((recipe.steps - step) / decay, 1.0) if decay else 1.0
+    return min(max(recipe.steps - step, 0) / decay, 1.0) if decay else 1.0
 
 
 def cosine(recipe: Recipe, step: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nas.run import Run, TrialRecord
-from nas.training.checkpoints import checkpoint_path, checkpoints, keep_newest, restore, save_state
-from nas.training.curves import write_curves
+from nas.training.checkpoints import (
+    DamagedCheckpoint,
+    checkpoint_path,
+    checkpoints,
+    keep_newest,
+    read,
+    restore,
+    save_state,
+)
+from nas.training.curves import read_curves, write_curves
 from nas.training.data import Dataset
 from nas.training.distributed import ALONE, Processes
-from nas.training.loop import LoopState, advance, check_model, evaluate_split, start
+from nas.training.loop import LoopState, advance, check_model, evaluate_split, start, training_errors
 from nas.training.preflight import Forecast, forecast
+from nas.training.recalibrate import statistics_layers
 from nas.training.task import Task
 from search_spaces.common.errors import RunError, UserError
 
@@ -62,7 +72,8 @@ def train_run(
 
     seeds: of weights, order, augmentation and dropout. checkpoint_steps: a checkpoint is written so often besides
     after every epoch. on_forecast: gets time and memory as predicted from two steps before the first one. on_epoch:
-    gets (seed, row of the curves). A seed whose loss is not finite is a failed trial; its last good checkpoint stays.
+    gets (seed, row of the curves). on_warning: gets what the leading process found amiss, such as a damaged checkpoint.
+    A seed whose loss, gradient or weights are not finite is a failed trial; its last good checkpoint stays.
     Errors: UserError for bad data, a model that does not fit them, a folder with another training (differences are
     listed); RunError when memory or disk runs out.
     """
@@ -71,6 +82,8 @@ def train_run(
     if checkpoint_steps < 1:
         raise UserError(checkpoint_steps, "a positive number of steps between checkpoints")
     data = task.open_data()
+    if task.recipe.patience is not None and not len(data.val):
+        raise UserError(task.recipe.patience, "validation images, by which early stopping goes (--val-share)")
     out = Path(out)
     if processes.leads:
         _create(out, task, data, seeds, describe or {})
@@ -80,9 +93,10 @@ def train_run(
         if processes.leads:
             stack.enter_context(run.writing())
         session = _Session(run, task, data, seeds, device, checkpoint_steps, processes)
-        session.tell = on_warning or (lambda text: None)
+        if on_warning is not None and processes.leads:
+            session.tell = on_warning
         for index, seed in enumerate(seeds):
-            session.train(index, seed, progress, on_forecast if index == 0 else None, on_epoch)
+            session.train(index, seed, progress, on_forecast, on_epoch)
         if processes.leads:
             run.update_settings(finished=True)
     return run
@@ -119,11 +133,16 @@ class _Session:
     device: str
     checkpoint_steps: int
     processes: Processes
-    tell: Callable[[str], None] = print
+    tell: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.curves: list[Row] = []
-        self.data_there = self.data.to(self.device) if self.device != "cpu" else self.data
+        self.predicted = False
+        with training_errors(self.task.recipe.batch_size):
+            self.data_there = self.data.to(self.device) if self.device != "cpu" else self.data
+        if self.processes.leads:
+            for left in self.run.path.glob(".curves.parquet.*"):  # half written by a killed process
+                left.unlink(missing_ok=True)
 
     def train(
         self,
@@ -134,35 +153,35 @@ class _Session:
         on_epoch: Callable[[int, Row], None] | None,
     ) -> None:
         """Train one seed to its end, unless that was done before."""
-        known = {record.id: record for record in self.run.trials()}
+        # Only the leader writes the trials; the others would read them at another moment.
+        status = self.processes.first({r.id: r.status for r in self.run.trials()}.get(index))
         folder = self.run.path / "checkpoints" / f"seed-{seed}"
         recipe = self.task.recipe
-        state = None
-        if index not in known or known[index].status == "asked":
+        if status in (None, "asked"):
             model = self.task.make_network(self.data, seed=seed).to(self.device)
             check_model(model, self.data_there)
             state = start(model, self.data_there, recipe, seed=seed, processes=self.processes)
             more = self._restore(state, folder)
         else:
-            more = _read_more(folder)
-        curve, best = list(more.get("curve", ())), more.get("best")
-        if state is None:
-            self.curves += curve
+            self.curves += self._known_curve(seed, folder)
             return
+        curve, best = list(more.get("curve", ())), more.get("best")
         per_epoch = state.batches.steps_per_epoch
         last = recipe.resolved(per_epoch).steps
-        if index not in known and self.processes.leads:
+        if status is None and self.processes.leads:
             text = self.task.arch or str(self.task.factory)
             self.run.add_ask(TrialRecord(index, text, text, "asked", seed=seed, asked_at=time.time()))
-        if on_forecast is not None and state.step < last:
-            on_forecast(forecast(state, recipe, last, len(self.seeds) - index))
+        if state.step < last and state.stopped is None and not self.predicted:
+            self._predict(state, last, len(self.seeds) - index, on_forecast)
         if state.step:
-            self.run.log(f"seed {seed}: goes on at step {state.step} of {last}")
+            self._log(f"seed {seed}: goes on at step {state.step} of {last}")
         callbacks = [] if progress is None else [_Counter(progress, index * last, len(self.seeds) * last)]
         while state.step < last and state.stopped is None:
             boundary = min((state.step // per_epoch + 1) * per_epoch, last)
             target = min(boundary, (state.step // self.checkpoint_steps + 1) * self.checkpoint_steps)
             advance(state, recipe, steps=target, callbacks=callbacks)
+            if not state.failed and not self.processes.first(_finite(state.model)):
+                state.stopped, state.failed = f"weights or running statistics became infinite by step {target}", True
             if state.failed:
                 break
             if state.step == boundary:
@@ -178,19 +197,41 @@ class _Session:
 
     # -- pieces ------------------------------------------------------------------------------------------------
 
+    def _predict(self, state: LoopState, last: int, seeds: int, on_forecast: Callable[[Forecast], None] | None) -> None:
+        """Once in a session; all processes take part if one of them asks."""
+        self.predicted = True
+        if any(self.processes.gather(on_forecast is not None)):
+            found = forecast(state, self.task.recipe, last, seeds)
+            if on_forecast is not None:
+                on_forecast(found)
+
     def _restore(self, state: LoopState, folder: Path) -> Mapping[str, Any]:
         """Load the newest sound checkpoint, if there is one."""
-        for path in checkpoints(folder):
+        found = self.processes.first(checkpoints(folder))
+        for path, before in itertools.pairwise([*found, None]):
             try:
                 return restore(state, path, self.task.recipe)
-            except UserError as error:
-                if "complete checkpoint" not in str(error):
-                    raise
-                self.tell(f"{path} is damaged; going back to the checkpoint before it")
-                self.run.log(f"damaged checkpoint {path}")
+            except DamagedCheckpoint:
+                self.processes.wait()  # all have tried to read it
+                self.tell(f"{path} is damaged; going back to {before or 'the beginning'}")
+                self._log(f"damaged checkpoint {path}")
                 if self.processes.leads:
                     path.rename(path.with_suffix(".damaged"))
         return {}
+
+    def _known_curve(self, seed: int, folder: Path) -> list[Row]:
+        """The curve of a seed that is done, from its checkpoint or, without one, from the file of curves."""
+        for path in checkpoints(folder):
+            with contextlib.suppress(UserError):
+                return list(read(path)["more"]["curve"])
+        with contextlib.suppress(UserError):
+            rows = read_curves(self.run.path / "curves.parquet")
+            return [{k: v for k, v in row.items() if v is not None} for row in rows if row["seed"] == seed]
+        return []
+
+    def _log(self, line: str) -> None:
+        if self.processes.leads:
+            self.run.log(line)
 
     def _epoch(self, state: LoopState, seed: int, best: Any) -> tuple[Row, Any]:
         """The row of the epoch that has just ended, and the best weights so far (with `patience` only)."""
@@ -213,10 +254,8 @@ class _Session:
             state.seconds += time.perf_counter() - begin
         row["seconds"] = state.seconds
         state.hits = state.seen = 0
-        self.run.log(" ".join(f"{k} {v:.5g}" for k, v in row.items()))
+        self._log(" ".join(f"{k} {v:.5g}" for k, v in row.items()))
         if recipe.patience is not None:
-            if "val_acc" not in row:
-                raise UserError(recipe.patience, "validation images, by which early stopping goes (--val-share)")
             if best is None or row["val_acc"] > best["val_acc"]:
                 weights = {k: v.detach().cpu().clone() for k, v in state.evaluated.state_dict().items()}
                 best = {"val_acc": row["val_acc"], "epoch": row["epoch"], "model": weights}
@@ -283,13 +322,10 @@ class _Counter:
         self.progress(self.done + step, self.total)
 
 
-def _read_more(folder: Path) -> Mapping[str, Any]:
-    from nas.training.checkpoints import read
-
-    for path in checkpoints(folder):
-        with contextlib.suppress(UserError):
-            return read(path)["more"]
-    return {}
+def _finite(model: nn.Module) -> bool:
+    """Whether all weights and running statistics are; other buffers may hold infinities by intent."""
+    statistics = [b for layer in statistics_layers(model) for b in layer.buffers()]
+    return all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *statistics))
 
 
 def weights_path(run: Run, seed: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class Task:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; `Task.from_json` inverts it."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists, as they come back from a file
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Task:
