@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nas.training import parquet
+from nas.training.data import parquet
 from nas.training.data import load_data, stratified_split
 from nas.training.data.cache import Images, cached
 from search_spaces.common.errors import RunError, UserError
