@@ -120,7 +120,7 @@ def load_data(
     `package.module:object` as in `nas.training.data.objects.read_object`. root: where named data lie (default:
     $NASFORGE_DATA, or `data` in $NASFORGE_HOME); formats are those of `nas.training.data.sources.find_parts`. size:
     images averaged down to [size, size] (8-bit ones rounded to 8 bits). channels: 3 or 1, of files. val_share: of
-    the training images, where the data have no validation part. Data without a test part lose a fifth to one that
+    the training images, where the data have no validation part; 0 for none. Data without a test part lose a fifth to one that
     no seed changes. Decoded files are kept in $NASFORGE_HOME/cache; a user's own objects are not. skip_broken:
     leave unreadable images out. Errors: UserError for an unknown name, no images, unreadable images, NaN, shapes
     that differ, labels out of range, a class without images or with too few to split.
@@ -129,8 +129,8 @@ def load_data(
         raise UserError(size, "a positive size")
     if channels not in (1, 3):
         raise UserError(channels, "1 or 3 channels")
-    if not 0 < val_share < 1:
-        raise UserError(val_share, "a share of validation images between 0 and 1")
+    if not 0 <= val_share < 1:
+        raise UserError(val_share, "a share of validation images from 0 to below 1")
     text = str(name)
     if text == "digits":
         parts, classes = _digits(), tuple("0123456789")
@@ -163,6 +163,8 @@ def _dataset(
     if "val" in parts:
         val = _take(parts["val"], np.random.default_rng(0).permutation(len(parts["val"].labels)))
         kept = np.random.default_rng(seed).permutation(rows)
+    elif val_share == 0:
+        kept, val = np.random.default_rng(seed).permutation(rows), _take(train, rows[:0])
     else:
         inner, outer = stratified_split(train.labels[rows], val_share, seed=seed)
         kept, val = rows[inner], _take(train, rows[outer])

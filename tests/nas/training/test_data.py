@@ -17,8 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nas.training.data import parquet
-from nas.training.data import load_data, stratified_split
+from nas.training.data import load_data, parquet, stratified_split
 from nas.training.data.cache import Images, cached
 from search_spaces.common.errors import RunError, UserError
 
@@ -455,3 +454,11 @@ def test_splits_are_stratified_and_repeatable(rng):
     assert (stratified_split(labels, 0.3, seed=6)[1] != held).any()
     with pytest.raises(UserError, match="class 1.*two images or more"):
         stratified_split(np.array([0, 0, 1]), 0.5, seed=0)
+
+
+def test_all_images_may_train():
+    """Papers train on everything and report the test images: no validation image is held out then."""
+    whole, split = load_data("digits", val_share=0), load_data("digits", val_share=0.1)
+    assert len(whole.val) == 0
+    assert len(whole.train) == len(split.train) + len(split.val)
+    assert torch.equal(whole.test.labels, split.test.labels)
