@@ -120,10 +120,10 @@ def load_data(
     `package.module:object` as in `nas.training.data.objects.read_object`. root: where named data lie (default:
     $NASFORGE_DATA, or `data` in $NASFORGE_HOME); formats are those of `nas.training.data.sources.find_parts`. size:
     images averaged down to [size, size] (8-bit ones rounded to 8 bits). channels: 3 or 1, of files. val_share: of
-    the training images, where the data have no validation part; 0 for none. Data without a test part lose a fifth to one that
-    no seed changes. Decoded files are kept in $NASFORGE_HOME/cache; a user's own objects are not. skip_broken:
-    leave unreadable images out. Errors: UserError for an unknown name, no images, unreadable images, NaN, shapes
-    that differ, labels out of range, a class without images or with too few to split.
+    the training images, where the data have no validation part; 0 for none. Data without a test part lose a fifth
+    to one that no seed changes. Decoded files are kept in $NASFORGE_HOME/cache; a user's own objects are not.
+    skip_broken: leave unreadable images out. Errors: UserError for an unknown name, no images, unreadable images,
+    NaN, shapes that differ, labels out of range, a class without images or with too few to split.
     """
     if size is not None and size < 1:
         raise UserError(size, "a positive size")
