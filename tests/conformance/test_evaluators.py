@@ -12,6 +12,7 @@ import small_space
 
 from nas.evaluators import Evaluator, ObjectEvaluator, TableEvaluator
 from nas.synthetic import SyntheticCurves
+from nas.training.evaluator import train_evaluator
 from search_spaces.registry import load_space
 
 EVALUATORS = {
@@ -22,6 +23,10 @@ EVALUATORS = {
     ),
     "object": lambda: (ObjectEvaluator("small_space:score"), small_space.Digits()),
     "synthetic": lambda: (SyntheticCurves("nas-bench-201"), load_space("nas-bench-201")),
+    "train": lambda: (
+        train_evaluator("nas-bench-201", changes={"epochs": 1}, scale={"channels": 4, "cells_per_stage": 1}),
+        load_space("nas-bench-201"),
+    ),
 }
 
 
