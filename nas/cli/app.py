@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import nas
-from nas.cli import bench, compare, doctor, layers, lists, runs, search, train
+from nas.cli import bench, compare, doctor, evaluate, layers, lists, runs, search, train
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
@@ -26,6 +26,7 @@ app.command("search")(search.search)
 app.command("compare")(compare.compare)
 app.command("resume")(search.resume)
 app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
 app.command("report")(runs.report)
 app.command("plot")(runs.plot)
 app.command("runs")(runs.runs)
