@@ -11,17 +11,19 @@ from torch import nn
 from nas.export.source_blocks import Writer
 from nas.export.source_cells import CELL_101, CELL_201, NORMAL_CELL, REDUCTION_CELL
 from nas.export.source_graph import NODE, Convolutions, graph_kind, graph_network
-from nas.export.source_graph_parts import FUNCTIONS
+from nas.export.source_graph_parts import CONVOLUTIONS, FUNCTIONS
 from nas.export.source_kinds import BLOCKS, SEPARABLE
 from nas.export.source_leaves import unknown_module
 from nas.export.source_networks import image_kinds, image_network, is_image_network
 from search_spaces.cells.nas_bench_graph_network import GraphNetwork
 from search_spaces.common.errors import UserError
 from search_spaces.layers.source import check_class_name
+from search_spaces.layers.source_parts import HELPERS
 
 _BLOCKS = list(BLOCKS.values())
 ORDER = [*_BLOCKS[:3], SEPARABLE, *_BLOCKS[3:], CELL_201, CELL_101, NORMAL_CELL, REDUCTION_CELL, NODE]
-OWN_NAMES = {kind.name for kind in ORDER} | {"F"}
+OWN_NAMES = {kind.name for kind in ORDER} | {*CONVOLUTIONS, *FUNCTIONS, *HELPERS}
+OWN_NAMES |= {"F", "Tensor", "nn", "torch", "as_image", "largest_divisor", "over_group", "over_channel_group"}
 
 
 def network_source(
@@ -41,6 +43,8 @@ def network_source(
     module that cannot be written.
     """
     check_class_name(class_name)
+    if class_name in OWN_NAMES:
+        raise UserError(class_name, "a class name that the file does not use otherwise", f"My{class_name}")
     if isinstance(model, GraphNetwork):
         body = _graph_file(model, class_name)
         usage = "logits = model(x, edge_index)  # x [nodes, features], edge_index [2, edges]: from, to"
@@ -50,11 +54,6 @@ def network_source(
     else:
         raise unknown_module(model)
     tree = ast.parse("\n".join(body.lines))
-    defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    if sum(isinstance(node, ast.ClassDef) and node.name == class_name for node in tree.body) > 1 or (
-        class_name in OWN_NAMES and class_name in defined - {class_name}
-    ):
-        raise UserError(class_name, "a class name that the file does not use otherwise", f"My{class_name}")
     source = "\n".join([*_head(class_name, title, usage), *_imports(tree, body.imports), *body.lines]) + "\n"
     _check(source, class_name, model)
     return source
@@ -72,7 +71,7 @@ class _Body:
 
 
 def _image_file(model: nn.Module, class_name: str) -> _Body:
-    writer = Writer(model, image_kinds(model), {class_name})
+    writer = Writer(model, image_kinds(model), {class_name, *OWN_NAMES})
     network = image_network(model, class_name, _about(model), writer)
     return _Body(writer, {}, [*writer.classes(ORDER), "\n".join(network)])
 
@@ -84,7 +83,7 @@ def _about(model: nn.Module) -> str:
 
 
 def _graph_file(model: GraphNetwork, class_name: str) -> _Body:
-    writer = Writer(model, graph_kind, {class_name})
+    writer = Writer(model, graph_kind, {class_name, *OWN_NAMES})
     convolutions = Convolutions(writer)
     about = "Computing nodes, each on the output of an earlier one; those that feed none are concatenated."
     network = graph_network(model, class_name, about, writer, convolutions)

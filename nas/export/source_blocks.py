@@ -98,9 +98,7 @@ class Writer:
     """The classes of a model's blocks. kinds: what may be met, in the order in which it is to be written."""
 
     def __init__(self, model: nn.Module, kinds: Callable[[nn.Module], Kind | None], reserved: set[str]):
-        self.leaves = Leaves(reserved=reserved)
-        self.definitions: dict[str, str] = {}
-        self.reserved = reserved
+        self.leaves = Leaves(reserved)
         self._kinds = kinds
         self._groups: dict[tuple, Group] = {}
         self._signatures: dict[int, tuple] = {}
@@ -152,7 +150,7 @@ class Writer:
     def _enter(self, module: nn.Module) -> None:
         kind, signature = self._kind(module), self._signature(module)
         if signature not in self._groups:
-            taken = {group.name for group in self._groups.values()} | self.reserved
+            taken = {group.name for group in self._groups.values()}
             name, number = kind.name, 1
             while name in taken:
                 number += 1

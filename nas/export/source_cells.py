@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from nas.export.source_blocks import INPUTS, OUTPUTS, Group, Kind, Param, Writer, conv, write_class
-from nas.export.source_kinds import CHANNELS, numbers_of
+from nas.export.source_blocks import INPUTS, OUTPUTS, Group, Kind, Param, Site, Writer, conv, write_class
+from nas.export.source_kinds import CHANNELS, block_kind, numbers_of
 from nas.export.source_layout import Code, Items, add, call, layout, text
 from nas.export.source_leaves import unknown_module
 from search_spaces.cells import darts_network, nas_bench_101_network, nas_bench_201
@@ -46,61 +46,56 @@ def _cell_201(group: Group, writer: Writer) -> list[str]:
     example: Any = group.modules[0]
     if any(len(module.edges) != len(nas_bench_201.EDGES) for module in group.modules):
         raise unknown_module(example)
-    live_to = [True] * 4  # does anything but zeros leave the node?
-    for node in (2, 1, 0):
-        live_to[node] = any(
-            live_to[j] and not isinstance(edge, Zero)
-            for edge, (i, j) in zip(example.edges, nas_bench_201.EDGES, strict=True)
-            if i == node
-        )
-    body = ["        self.edges = nn.ModuleDict()"]
-    forward, named = [], {0}
-    for node in (1, 2, 3):
-        terms = []
+    # Edges without a value are left out: zeros, and those that take zeros to zeros (not blocks: their norm has a bias).
+    edges: dict[int, list[tuple[int, int, nn.Module]]] = {1: [], 2: [], 3: []}
+    zeros = set()
+    for node in edges:
         for index, (edge, (i, j)) in enumerate(zip(example.edges, nas_bench_201.EDGES, strict=True)):
-            if j != node or isinstance(edge, Zero):
+            if j == node and not isinstance(edge, Zero) and (i not in zeros or list(edge.parameters())):
+                edges[node].append((index, i, edge))
+        if not edges[node]:
+            zeros.add(node)
+    needed = {3}  # whatever reaches the output or tracks statistics
+    for node in (3, 2, 1):
+        needed |= {i for _, i, edge in edges[node] if node in needed or list(edge.buffers())}
+    body, forward = [], []
+    for node, entering in edges.items():
+        terms = []
+        for index, i, edge in entering:
+            stateful = bool(edge.state_dict())
+            if not stateful and node not in needed:
                 continue
-            source = f"node_{i}"
-            setting = f'self.edges["{index}"] = '
-            if type(edge) is ActConvNorm:
-                inputs = group["inputs"] if i == 0 else group["outputs"]
-                kernel = edge.conv.kernel_size[0]
-                body += layout(
-                    setting, writer.group(edge).call(inputs=inputs, outputs=group["outputs"], kernel=kernel, stride=1)
-                )
-            elif _role(edge, writer) == "skip":
-                projections = [m.edges[index] for m in group.modules if _is_projection(m.edges[index])]
-                if not projections:
-                    terms.append((i, source, edge))
-                    continue
-                sites = [(p[1], p[0].out_channels, "outputs") for p in projections]
-                norm = writer.over(sites, str(group["outputs"]))
-                projection = call("nn.Sequential", conv(group["inputs"], group["outputs"], 1), norm)
-                if len(projections) == len(group.modules):
-                    body += layout(setting, projection)
-                else:
-                    body.append(f'        self.edges["{index}"] = nn.Identity()')
-                    body.append(f"        if {group['inputs']} != {group['outputs']}:")
-                    body += layout(setting, projection, 12)
-            else:
-                body += layout(setting, writer.leaves.write(edge))
-            terms.append((i, f'self.edges["{index}"]({source})', edge))
-        if not live_to[node]:
-            forward += [f"        {t}{DEAD}" for i, t, edge in terms if i in named and any(edge.buffers())]
-            continue
-        alive = [t for i, t, _ in terms if i in named]
-        if alive or node == 3:
+            lines = _edge(group, writer, index, edge, i)
+            body += lines
+            if node in needed:
+                terms.append(f'self.edges["{index}"](node_{i})' if lines else f"node_{i}")
+            elif list(edge.buffers()):
+                forward.append(f'        self.edges["{index}"](node_{i}){DEAD}')
+        if node in needed:
             prefix = "return " if node == 3 else f"node_{node} = "
-            forward += layout(prefix, add(alive or ["torch.zeros_like(node_0)"]))
-            named.add(node)
-    return write_class(
-        group.name,
-        "Four nodes, each the sum of its incoming edges.",
-        group.arguments(),
-        body if len(body) > 1 else [],
-        forward,
-        ["node_0: Tensor"],
-    )
+            forward += layout(prefix, add(terms or ["torch.zeros_like(node_0)"]))
+    body = ["        self.edges = nn.ModuleDict()", *body] if body else []
+    about = "Four nodes, each the sum of its incoming edges."
+    return write_class(group.name, about, group.arguments(), body, forward, ["node_0: Tensor"])
+
+
+def _edge(group: Group, writer: Writer, index: int, edge: Any, source: int) -> list[str]:
+    """The lines that make one edge; none for an edge that hands on its input."""
+    setting = f'self.edges["{index}"] = '
+    inputs, outputs = group["inputs"] if source == 0 else group["outputs"], group["outputs"]
+    if type(edge) is ActConvNorm:
+        kernel = edge.conv.kernel_size[0]
+        return layout(setting, writer.group(edge).call(inputs=inputs, outputs=outputs, kernel=kernel, stride=1))
+    if _role(edge, writer) != "skip":
+        return layout(setting, writer.leaves.write(edge))
+    projections = [m.edges[index] for m in group.modules if _is_projection(m.edges[index])]
+    if not projections:
+        return []
+    norm = writer.over([(p[1], p[0].out_channels, "outputs") for p in projections], str(outputs))
+    projection = call("nn.Sequential", conv(inputs, outputs, 1), norm)
+    if len(projections) == len(group.modules):
+        return layout(setting, projection)
+    return [f"        {setting}nn.Identity()", f"        if {inputs} != {outputs}:", *layout(setting, projection, 12)]
 
 
 # -- DARTS -------------------------------------------------------------------------------------------------------
@@ -117,25 +112,22 @@ def _darts_numbers(module: Any) -> dict[str, int]:
     }
 
 
-def is_strided(cell: Any) -> bool:
-    """Whether a DARTS cell halves the size."""
-    for key, edge in cell.edges.items():
-        if int(key[0]) < 2:
-            if isinstance(edge, darts_network.FactorizedReduce):
-                return True
-            strides = [m.stride for m in edge.modules() if hasattr(m, "stride")]
-            if any(stride in (2, (2, 2)) for stride in strides):
-                return True
-    return False
+def _darts_parts(module: Any) -> list[nn.Module]:
+    """All blocks but the first, which is another one after a reduction."""
+    return [module.preprocess_1, *(edge for edge in module.edges.values() if block_kind(edge) is not None)]
+
+
+def _no_sites(module: Any) -> dict[str, Site]:
+    return {}
 
 
 def _edge_flags(cell: Any, writer: Writer) -> tuple:
     edges = []
     for key, edge in cell.edges.items():
         kind = type(edge).__name__ if writer.is_block(edge) else str(writer.leaves.write(edge))
-        numbers = numbers_of(edge, edge.depthwise) if isinstance(edge, darts_network.DepthwiseBlock) else {}
+        numbers = numbers_of(edge.depthwise) if isinstance(edge, darts_network.DepthwiseBlock) else {}
         if type(edge) is nn.Sequential:
-            numbers = numbers_of(edge, edge[0].depthwise)
+            numbers = numbers_of(edge[0].depthwise)
         edges.append((key, kind, numbers.get("kernel"), numbers.get("dilation")))
     return tuple(edges)
 
@@ -171,7 +163,7 @@ def _darts_cell(group: Group, writer: Writer) -> list[str]:
                 values: dict[str, object] = {"channels": channels, "inputs": channels, "outputs": channels}
                 if not isinstance(edge, darts_network.FactorizedReduce):
                     block = edge[0] if isinstance(edge, nn.Sequential) else edge
-                    numbers = numbers_of(block, block.depthwise)
+                    numbers = numbers_of(block.depthwise)
                     values |= {name: numbers[name] for name in ("kernel", "dilation")}
                 made = writer.group(edge).call(**values, stride=strided)
             else:
@@ -193,9 +185,14 @@ def _numbers_101(module: Any) -> dict[str, int]:
     return {"inputs": module.channels[0], "outputs": module.channels[-1]}
 
 
+def _parts_101(module: Any) -> list[nn.Module]:
+    blocks = (*module.project.values(), *module.vertices.values())
+    return [block for block in blocks if block_kind(block) is not None]
+
+
 def _flags_101(module: Any, writer: Writer) -> tuple:
     operations = tuple(
-        numbers_of(m, m.conv)["kernel"] if writer.is_block(m) else str(writer.leaves.write(m))
+        numbers_of(m.conv)["kernel"] if writer.is_block(m) else str(writer.leaves.write(m))
         for m in module.vertices.values()
     )
     return operations, tuple(module.project), tuple(map(tuple, module.inner))
@@ -241,7 +238,7 @@ def _cell_101(group: Group, writer: Writer) -> list[str]:
     for v in range(1, last):
         vertex = example.vertices[str(v)]
         if writer.is_block(vertex):
-            kernel = numbers_of(vertex, vertex.conv)["kernel"]
+            kernel = numbers_of(vertex.conv)["kernel"]
             made = writer.group(vertex).call(inputs=texts[v], outputs=texts[v], kernel=kernel, stride=1)
         else:
             made = writer.leaves.write(vertex)
@@ -273,9 +270,9 @@ CELL_201 = Kind(
     flags=lambda module, writer: tuple(_role(edge, writer) + _kernel(edge) for edge in module.edges),
 )
 _DARTS = (Param("inputs_0", keep=True), Param("inputs_1", keep=True), CHANNELS, Param("after_reduction", default=False))
-NORMAL_CELL = Kind("NormalCell", _DARTS, _darts_numbers, _darts_cell, flags=_edge_flags)
-REDUCTION_CELL = Kind("ReductionCell", _DARTS, _darts_numbers, _darts_cell, flags=_edge_flags)
-CELL_101 = Kind("Cell", (INPUTS, OUTPUTS), _numbers_101, _cell_101, flags=_flags_101)
+NORMAL_CELL = Kind("NormalCell", _DARTS, _darts_numbers, _darts_cell, _no_sites, _darts_parts, _edge_flags)
+REDUCTION_CELL = Kind("ReductionCell", _DARTS, _darts_numbers, _darts_cell, _no_sites, _darts_parts, _edge_flags)
+CELL_101 = Kind("Cell", (INPUTS, OUTPUTS), _numbers_101, _cell_101, _no_sites, _parts_101, _flags_101)
 
 
 def _kernel(edge: nn.Module) -> str:

@@ -18,6 +18,7 @@ Import = tuple[str, str, str]  # (module, name or "" for the module itself, name
 class Copies:
     """Copied definitions. texts: by their name in the file, in an order that runs; imports: what they use."""
 
+    reserved: set[str] = field(default_factory=set)
     texts: dict[str, str] = field(default_factory=dict)
     imports: set[Import] = field(default_factory=set)
     _names: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -43,9 +44,10 @@ class Copies:
                 self.imports.add((node.module or "", alias.name, name))
             self._names[module, name] = name
             return name
-        new = name
-        while new in self.texts:  # another module's
-            new = f"{name}_{sum(known.startswith(name) for known in self.texts) + 1}"
+        new, number = name, 1
+        while new in self.texts or new in self.reserved:  # something else's
+            number += 1
+            new = f"{name}_{number}"
         self._names[module, name] = new
         text = _source(module, node)
         renamed = {name: new}

@@ -19,7 +19,7 @@ POINTWISE = tuple(
 AS_IMAGE = '''
 def as_image(layer: nn.Module, x: Tensor) -> Tensor:
     """Apply a layer of images to [nodes, channels] seen as [1, channels, nodes, 1]."""
-    return layer(x.t()[None, :, :, None])[0, :, :, 0].t()
+    return layer(x.t().contiguous()[None, :, :, None])[0, :, :, 0].t()
 '''
 ARGUMENTS = ["x: Tensor", "edge_index: Tensor"]
 

@@ -31,7 +31,7 @@ from search_spaces.cells.operations import ActConvNorm
 WORDS = {"act": "activation", "norm": "normalisation", "conv": "convolution", "pointwise": "1x1 convolution"}
 
 
-def numbers_of(module: Any, convolution: nn.Conv2d) -> dict[str, int]:
+def numbers_of(convolution: Any) -> dict[str, int]:
     """inputs, outputs, kernel, stride and dilation of a block with one convolution."""
     return {
         "inputs": convolution.in_channels,
@@ -139,7 +139,7 @@ def _bottleneck_sites(module: Any) -> dict[str, Site]:
 
 def _bottleneck_numbers(module: Any) -> dict[str, int]:
     inputs, hidden = module.expand[0].in_channels, module.expand[0].out_channels
-    depthwise = numbers_of(module, module.depthwise[0])
+    depthwise = numbers_of(module.depthwise[0])
     return {**depthwise, "inputs": inputs, "outputs": module.project[0].out_channels, "expansion": hidden // inputs}
 
 
@@ -158,11 +158,11 @@ def _bottleneck(group: Group, writer: Writer) -> list[str]:
     residual = {module.residual for module in group.modules}
     y = "self.project(self.depthwise(self.expand(x)))"
     forward = [f"        return {'x + ' if residual == {True} else ''}{y}"]
-    about = "1x1 expansion, depthwise convolution, linear 1x1 projection (Sandler et al. 2018)"
+    about = "1x1 expansion, depthwise convolution, linear 1x1 projection (MobileNetV2)"
     if len(residual) == 2:
         body.append("        self.residual = stride == 1 and inputs == outputs")
         forward = [f"        y = {y}", "        return x + y if self.residual else y"]
-        about = "MobileNetV2's block (Sandler et al. 2018): 1x1 expansion, depthwise convolution, linear 1x1 projection"
+        about += "; a residual where the shape stays"
     return write_class(group.name, f"{about}.", group.arguments(), body, forward)
 
 
@@ -173,13 +173,14 @@ def _auxiliary(group: Group, writer: Writer) -> list[str]:
     assert isinstance(first, Call)
     features = Call("nn.Sequential", (("", Call(first.head, (("", Code("inputs")), *first.arguments[1:]))), *others))
     act = writer.leaf(group, "act")
+    pooled = f"F.avg_pool2d(x, 5, {head.stride}, count_include_pad=False)"
     steps = [("act", act), ("features", features)]
     lines, _ = chain(steps)
     body = [*lines, f"        self.classifier = nn.Linear({head.classifier.in_features}, num_classes)"]
     forward = [
         *["        x = self.act(x)"] * (not is_identity(act)),
-        f"        large, stride = min(x.shape[-2:]) >= {5 + head.stride}, {head.stride}",
-        "        x = F.avg_pool2d(x, 5, stride, count_include_pad=False) if large else F.adaptive_avg_pool2d(x, 2)",
+        f"        large = min(x.shape[-2:]) >= {5 + head.stride}",
+        f"        x = {pooled} if large else F.adaptive_avg_pool2d(x, 2)",
         "        return self.classifier(self.features(x).mean((2, 3)))",
     ]
     about = "The second classifier, for training."
@@ -188,7 +189,7 @@ def _auxiliary(group: Group, writer: Writer) -> list[str]:
 
 def _two_sites(conv_of, act_channels: str):
     def sites(module: Any) -> dict[str, Site]:
-        numbers = numbers_of(module, conv_of(module))
+        numbers = numbers_of(conv_of(module))
         numbers["channels"] = numbers["outputs"]
         return {
             "act": (module.act, numbers[act_channels], act_channels),
@@ -199,7 +200,7 @@ def _two_sites(conv_of, act_channels: str):
 
 
 def _depthwise_numbers(module: Any) -> dict[str, int]:
-    numbers = numbers_of(module, module.depthwise)
+    numbers = numbers_of(module.depthwise)
     return {**numbers, "channels": numbers["outputs"]}
 
 
@@ -209,14 +210,14 @@ CONVOLUTION = (INPUTS, OUTPUTS, KERNEL, STRIDE)
 ACT_CONV_NORM = Kind(
     "ActConvNorm",
     CONVOLUTION,
-    lambda module: numbers_of(module, module.conv),
+    lambda module: numbers_of(module.conv),
     _act_conv_norm,
     sites=_two_sites(lambda module: module.conv, "inputs"),
 )
 CONV_NORM_ACT = Kind(
     "ConvNormAct",
     CONVOLUTION,
-    lambda module: numbers_of(module, module.conv),
+    lambda module: numbers_of(module.conv),
     _act_conv_norm,
     sites=_two_sites(lambda module: module.conv, "outputs"),
 )
@@ -247,7 +248,7 @@ FACTORIZED = Kind(
 RESIDUAL_REDUCTION = Kind(
     "ResidualReduction",
     (INPUTS, OUTPUTS),
-    lambda module: numbers_of(module, module.project),
+    lambda module: numbers_of(module.project),
     _residual_reduction,
     parts=lambda module: (module.conv_a, module.conv_b),
 )

@@ -40,13 +40,16 @@ def unknown_module(module: nn.Module) -> UserError:
 
 @dataclass
 class Leaves:
-    """The definitions that leaves need, as they are met. functions, classes: text by name; names: class names."""
+    """The definitions that leaves need, as they are met, under other names than `reserved`; text by name."""
 
+    reserved: set[str]
     functions: dict[str, str] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
-    copies: Copies = field(default_factory=Copies)
-    reserved: set[str] = field(default_factory=set)
+    copies: Copies = field(init=False)
     _layers: dict[tuple, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.copies = Copies(self.reserved)
 
     def write(self, module: nn.Module, channels: int | None = None) -> Call:
         """The call that makes `module`, numbers as they are; what it calls is defined. channels: what its factory got.

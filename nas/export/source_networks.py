@@ -150,8 +150,8 @@ def _network_101(model: Any, writer: Writer) -> tuple[list[str], list[str], list
         "        self.reduce = nn.MaxPool2d(2, ceil_mode=True)",
         "        self.cells = nn.ModuleList()",
     ]
-    if len(made.arguments) == 1:  # one cell that keeps its width
-        body.append(f"        self.cells.append({writer.instance(model.cells[0])})")
+    if len(made.arguments) == 1 or any(group is not cell for group in calls):
+        body += _cells([writer.instance(module) for module in model.cells])[1:]
     else:
         body += [f"        inputs = {start}", f"        for outputs in ({', '.join(map(str, widths))}):"]
         if per_stage > 1:
@@ -183,8 +183,8 @@ def _darts(model: Any, writer: Writer) -> tuple[list[str], list[str], list[str]]
         last = "self.stem_last(x)"
     first = writer.group(model.cells[0]).kind.numbers(model.cells[0])
     channels = first["channels"] // 2 if 0 in places else first["channels"]
-    body += [
-        "        self.cells = nn.ModuleList()",
+    body.append("        self.cells = nn.ModuleList()")
+    loop = [
         f"        inputs_0, inputs_1, channels = {first['inputs_0']}, {first['inputs_1']}, {channels}",
         f"        for layer in range({count}):",
     ]
@@ -192,9 +192,11 @@ def _darts(model: Any, writer: Writer) -> tuple[list[str], list[str], list[str]]
     values["after_reduction"] = Code(_is_in("layer", after))
     normal = next((i for i in range(count) if i not in places), None)
     reduction = writer.group(model.cells[places[0]]).call(**values)
-    if normal is None:
-        body += ["            channels *= 2", *layout("", Call("self.cells.append", (("", reduction),)), 12)]
+    groups = {writer.group(cell).name for cell in model.cells}
+    if normal is None or len(groups) > 2:
+        body += _cells([writer.instance(cell) for cell in model.cells])[1:]
     else:
+        body += loop
         body += [
             f"            if {_is_in('layer', places)}:",
             "                channels *= 2",
@@ -202,8 +204,8 @@ def _darts(model: Any, writer: Writer) -> tuple[list[str], list[str], list[str]]
             "            else:",
             *layout("cell = ", writer.group(model.cells[normal]).call(**values), 16),
             "            self.cells.append(cell)",
+            "            inputs_0, inputs_1 = inputs_1, 4 * channels",
         ]
-    body.append("            inputs_0, inputs_1 = inputs_1, 4 * channels")
     if model.auxiliary_head is None:
         lines = [
             "        x = self.stem(x)",
