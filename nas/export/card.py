@@ -34,7 +34,8 @@ class Card:
     arch: the architecture's text in `space`. norm, act: where they are not the space's own. scale: arguments of its
     `build`. params, macs: of the whole network, macs of one input of shape `input_shape`. trained: whether the weights
     are more than a random start. metrics: by name, with the units of the name (accuracies in percent); metrics_source:
-    what measured them. origin: run and trial. command: what wrote this export. training: the command that trains it.
+    what measured them. preprocessing: what was done to the inputs in training. origin: run and trial. command: what
+    wrote this export. training: the command that trains or trained it.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Card:
     params: int | None = None
     macs: int | None = None
     input_shape: tuple[int, ...] = ()
+    preprocessing: str | None = None
     trained: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     metrics_source: str | None = None
@@ -59,21 +61,22 @@ class Card:
     def markdown(self, files: Sequence[str], verification: Verification | None, inputs: Sequence[str] = ("x",)) -> str:
         """The card as Markdown. files: names, the network's first. inputs: names of the arguments of `forward`."""
         state = "Trained network" if self.trained else "Untrained network (random weights)"
-        where = f", found in `{self.space}`" if self.space else ""
+        where = f" of the space `{self.space}`" if self.space else ""
         sections = [f"# {self.title}\n\n{state}{where}."]
-        sections.append(_table("", self._facts()))
-        sections.append(f"## Use\n\n```python\n{_use(files, inputs)}\n```\n\n{_input_line(self.input_shape)}")
+        sections.append(_list(self._facts()))
+        sections.append(f"## Use\n\n```python\n{_use(files, inputs)}\n```\n\n{self._input_line()}")
         if self.metrics:
             measured = f"{self.metrics_source[:1].upper()}{self.metrics_source[1:]}.\n\n" if self.metrics_source else ""
             rows = {_metric(name): _number(value) for name, value in self.metrics.items()}
-            sections.append("## Results\n\n" + measured + _table("", rows))
-        if self.training and not self.trained:
-            sections.append(f"## Training\n\n```\n{self.training}\n```")
+            sections.append("## Results\n\n" + measured + _list(rows))
+        if self.training:
+            lead = "The weights come from" if self.trained else "This trains it:"
+            sections.append(f"## Training\n\n{lead}\n\n```\n{self.training}\n```")
         checked = (
             "Not verified." if verification is None else f"Verified when it was written: {verification.sentence()}."
         )
         sections.append(f"## Verification\n\n{checked}")
-        sections.append(_table("## Origin\n\n", self._origin()) if self._origin() else "")
+        sections.append("## Origin\n\n" + _list(self._origin()) if self._origin() else "")
         sections.append(f"## Licence\n\n{self.licence}")
         return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -90,21 +93,23 @@ class Card:
         }
         return {name: value for name, value in facts.items() if value}
 
+    def _input_line(self) -> str:
+        shape = self.input_shape
+        if not shape:
+            return ""
+        if len(shape) == 1:
+            return f"`x` are node features [nodes, {shape[0]}], `edge_index` int64 edges [2, edges], from and to."
+        line = f"Input: float32 [batch, {', '.join(map(str, shape))}]"
+        return f"{line}; {self.preprocessing}." if self.preprocessing else f"{line}."
+
     def _origin(self) -> dict[str, str]:
         versions = ", ".join(f"{name} {value}" for name, value in self.versions.items())
         facts = {"From": _code(self.origin), "Written by": _code(self.command), "Versions": versions}
         return {name: value for name, value in facts.items() if value}
 
 
-def _table(heading: str, rows: Mapping[str, str]) -> str:
-    if not rows:
-        return ""
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    return heading + "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|")
+def _list(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"- **{name}:** {value}" for name, value in rows.items())
 
 
 def _code(text: str | None) -> str:
@@ -113,14 +118,6 @@ def _code(text: str | None) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _input_line(shape: Sequence[int]) -> str:
-    if not shape:
-        return ""
-    if len(shape) == 1:
-        return f"`x` are node features [nodes, {shape[0]}], `edge_index` the edges [2, edges] (source, target)."
-    return f"Input: [batch, {', '.join(map(str, shape))}], normalised as in training."
 
 
 def _use(files: Sequence[str], inputs: Sequence[str]) -> str:

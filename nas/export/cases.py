@@ -15,7 +15,8 @@ from search_spaces.common.errors import UserError
 
 SIZES = (1, 3)  # batch sizes (of graphs: see `like`) on which every export is tried
 TRAIN_SIZE = 4
-VISIBLE = 0.1  # how much of an output's size its dependence on the input has to be
+VISIBLE = 0.1  # how much of an output's size its dependence on the input should be
+NOISE = 1e-3  # a share that may still be rounding or about to grow
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -95,14 +96,14 @@ def _scaled(inputs: Sequence[Tensor], factor: float) -> tuple[Tensor, ...]:
 
 
 def _factor(model: nn.Module, inputs: Sequence[Tensor]) -> float:
-    """The least power of 16 by which inputs are to be multiplied for the outputs to depend on them visibly."""
+    """The power of 16 by which inputs are to be multiplied for the outputs to depend on them visibly."""
     best, best_share = 1.0, 0.0
     for power in range(12):
         with torch.no_grad():
             out = model(*_scaled(inputs, 16.0**power))
         share = float((out - out.mean(0)).abs().max() / out.abs().max().clamp(min=1e-30))
-        if not math.isfinite(share):
-            break
+        if not math.isfinite(share) or (best_share > NOISE and share < 1.5 * best_share):
+            break  # larger inputs would change no more
         if share > best_share:
             best, best_share = 16.0**power, share
         if share >= VISIBLE:

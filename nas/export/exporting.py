@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def export_model(
 def _save_source(model: nn.Module, path: Path, example: Sequence[Tensor], card: Card | None, weights: bool) -> None:
     from nas.export.source import network_source
 
-    shape = {} if on_graphs(example) else {"example": tuple(example[0].shape[1:])}
+    shape: dict[str, Any] = {} if on_graphs(example) else {"example": tuple(example[0].shape[1:])}
     text = network_source(model, class_name=CLASS, title=card.title if card else None, **shape)
     if weights:
         from safetensors.torch import save_file
