@@ -7,52 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_trainings import network, patterns, same, weights
 from torch import nn
 
-from nas.training.data import Dataset, Split
-from nas.training.loop import STOP, advance, evaluate, load_state, result, save_state, start, train
-from nas.training.recipe import Recipe, parameter_groups
-from search_spaces.common.errors import RunError, UserError
-from search_spaces.layers.catalog import layer
-from search_spaces.layers.module import GraphLayer
+from nas.training.checkpoints import load_state, save_state
+from nas.training.data import Dataset
+from nas.training.loop import STOP, advance, evaluate, result, start, train
+from nas.training.recipe import Recipe
+from search_spaces.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def data() -> Dataset:
-    """Three classes of 8x8 noise around three patterns."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randn(3, 2, 8, 8, generator=generator)
-    labels = torch.arange(240) % 3
-    images = patterns[labels] + torch.randn(240, 2, 8, 8, generator=generator)
-    parts = [Split(images[rows], labels[rows]) for rows in (slice(150), slice(150, 195), slice(195, 240))]
-    return Dataset("patterns", *parts, ("a", "b", "c"), (0.0, 0.0), (1.0, 1.0))
-
-
-def network(dropout: float = 0.2) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(2, 6, 3, bias=False),
-            nn.BatchNorm2d(6),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Conv2d(6, 8, 3),
-            GraphLayer(layer("evonorm-b0"), 8),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 3),
-        )
+    return patterns()
 
 
 RECIPE = Recipe(steps=20, batch_size=32, padding=1, flip=True, clip_norm=2.0, label_smoothing=0.1)
-
-
-def weights(model: nn.Module) -> list[torch.Tensor]:
-    return [v.clone() for v in model.state_dict().values()]
-
-
-def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def test_training_equals_the_equations_written_out(data):
@@ -64,7 +34,7 @@ def test_training_equals_the_equations_written_out(data):
     momentum = [torch.zeros_like(p) for p in theirs.parameters()]
     theirs.train()
     for step in range(20):
-        images, labels = next(stream)
+        images, labels, _ = stream.batch(step)
         logits = theirs(images).log_softmax(1)
         target = torch.full((32, 3), 0.1 / 3)
         target[range(32), labels] += 0.9
@@ -121,38 +91,6 @@ def test_a_ladder_continues_one_run(data):
     advance(state, final)
     train(direct, data, final, seed=0)
     assert same(weights(climbing), weights(direct))
-
-
-def test_checkpoints_that_do_not_fit(data, tmp_path):
-    state = advance(start(network(), data, RECIPE, seed=0), RECIPE, steps=2)
-    path = tmp_path / "c.pt"
-    save_state(path, state, RECIPE)
-    other = Recipe(steps=40, batch_size=16, padding=1, flip=True, clip_norm=2.0, label_smoothing=0.1)
-    with pytest.raises(UserError, match=r"batch_size: 16 instead of 32$"):
-        load_state(path, network(), data, other)
-    with pytest.raises(UserError, match="a checkpoint of this model"):
-        load_state(path, nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), data, RECIPE)
-    with pytest.raises(UserError, match="that exists"):
-        load_state(tmp_path / "d.pt", network(), data, RECIPE)
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(UserError, match="a complete checkpoint"):
-        load_state(path, network(), data, RECIPE)
-
-
-def test_the_old_checkpoint_survives_a_full_disk(data, tmp_path, monkeypatch):
-    state = advance(start(network(), data, RECIPE, seed=0), RECIPE, steps=1)
-    save_state(tmp_path / "c.pt", state, RECIPE)
-    saved = (tmp_path / "c.pt").read_bytes()
-
-    def full(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(RunError, match="No space left"):
-        save_state(tmp_path / "c.pt", advance(state, RECIPE, steps=2), RECIPE)
-    assert (tmp_path / "c.pt").read_bytes() == saved
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_a_callback_may_stop(data):
@@ -218,40 +156,6 @@ def test_batch_statistics_are_those_of_the_batch(data):
     assert found["loss"] == pytest.approx(nn.functional.cross_entropy(logits, data.val.labels).item(), rel=1e-5)
     plain = evaluate(model, [(data.val.images, data.val.labels)])
     assert plain["loss"] != pytest.approx(found["loss"], rel=1e-3)
-
-
-def test_schedules():
-    recipe = Recipe(steps=100, warmup_steps=4, learning_rate=1.0)
-    assert [recipe.rate(k) for k in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert recipe.rate(79) == 1.0
-    assert recipe.rate(90) == pytest.approx(0.5)
-    assert Recipe(steps=100, schedule="constant").rate(99) == pytest.approx(0.1)
-    assert Recipe(steps=100, schedule="cosine", warmup_steps=0).rate(50) == pytest.approx(0.05)
-
-
-def test_only_weights_of_convolutions_and_linear_layers_decay():
-    model = network()
-    groups = parameter_groups(model, 0.01)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert [names[id(p)] for p in groups[0]["params"]] == ["0.weight", "4.weight", "8.weight"]
-    assert groups[1]["weight_decay"] == 0.0
-    assert sum(len(g["params"]) for g in groups) == len(names)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "0: expected a positive number of steps"),
-        ({"learning_rate": -1.0}, "a positive learning rate"),
-        ({"schedule": "lineer"}, "did you mean 'linear'"),
-        ({"optimizer": "sdg"}, "did you mean 'sgd'"),
-        ({"momentum": 1.0}, "a momentum below 1"),
-        ({"clip_norm": 0.0}, "a positive gradient norm"),
-    ],
-)
-def test_recipes_that_are_none(settings, message):
-    with pytest.raises(UserError, match=message):
-        Recipe(**settings)
 
 
 def test_bad_models_and_batches(data):
