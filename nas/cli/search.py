@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -229,15 +228,12 @@ def prepared(evaluator: Any, out: Path, strategy_settings: Mapping[str, Any]) ->
 
     Errors: UserError for a network or data that do not fit, and for fidelities beyond the training's end.
     """
-    from nas.run import Run
+    from nas.training.comparison import account_of
 
-    account = secrets.token_hex(8)
-    if Run.exists(out):
-        account = (Run.open(out).settings.get("training") or {}).get("account", account)
     evaluator.check()
     for fidelity in strategy_settings.get("fidelities", ()):
         evaluator.steps(fidelity)
-    return replace(evaluator, account=account)
+    return replace(evaluator, account=account_of(out))
 
 
 def _print(result: Any, out: Path, output: Output) -> None:

@@ -20,6 +20,7 @@ from benchmarks.table import TestSplitError
 from nas.evaluators import Rejected, make_evaluator, space_of
 from nas.loop import search
 from nas.objectives import parse_objectives
+from nas.run import Run
 from nas.training.data import Split, load_data
 from nas.training.evaluator import TrainEvaluator, train_evaluator
 from nas.training.loop import train
@@ -373,3 +374,24 @@ def test_options_of_training_need_the_evaluator(nas):
     assert status == 2
     assert "--size: expected --evaluator train" in error
     assert nas("search", "--evaluator", "train")[0] == 2
+
+
+def test_strategies_are_compared_at_equal_cost(nas, tmp_path, steps_taken):
+    arguments = ("compare", *COMMAND[1:], "--queries", "4", "--seeds", "2", "--out", "compared")
+    strategies = ("--strategies", "random-search,successive-halving")
+    found = json.loads(nas(*arguments, *strategies, "--json")[1])
+    random, halving = found["strategies"].values()
+    best = []
+    for seed in (0, 1):
+        run = Run.open(tmp_path / "compared" / f"random-search-seed{seed}")
+        trials = run.trials()
+        best.append(max(t.metrics["val_acc"] for t in trials))
+        assert random["train_seconds"][seed] == pytest.approx(sum(t.metrics["train_seconds"] for t in trials))
+    assert random["mean_best"]["4"] == pytest.approx(np.mean(best))
+    assert halving["mean_best"]["4"] is None  # 4 trials do not fill the lowest rung: nothing is trained to the end
+    assert found["common_seconds"] == min(random["train_seconds"] + halving["train_seconds"])
+    taken = steps_taken[0]
+    assert json.loads(nas(*arguments, *strategies, "--json")[1])["strategies"] == found["strategies"]
+    assert steps_taken[0] == taken
+    assert nas("compare", "--benchmark", "nas-bench-201/cifar10", "--space", "darts")[0] == 2
+    assert nas("compare", "--evaluator", "proxy:nwot")[0] == 2
