@@ -37,8 +37,8 @@ def evaluate(
     """
     import torch
 
-    from nas.training.attack import parse_attack
     from nas.training.evaluation import evaluate_model
+    from nas.training.evaluation.attack import parse_attack
     from nas.training.runs import load_trained
 
     output = Output("evaluate", json, seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nas.training.attack import Attack, parse_attack, perturb, pixels
+from nas.training.evaluation.attack import Attack, parse_attack, perturb, pixels
 from search_spaces.common.errors import RunError, UserError
 
 

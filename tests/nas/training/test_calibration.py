@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from nas.training.calibration import expected_calibration_error, reliability_bins, wilson_interval
-from nas.training.confusion import class_accuracies, confused_pairs, confusion_matrix
+from nas.training.evaluation.calibration import expected_calibration_error, reliability_bins, wilson_interval
+from nas.training.evaluation.confusion import class_accuracies, confused_pairs, confusion_matrix
 from search_spaces.common.errors import UserError
 
 

@@ -12,9 +12,9 @@ import torch
 from sklearn.metrics import brier_score_loss, confusion_matrix, log_loss, top_k_accuracy_score
 from torch import nn
 
-from nas.training.attack import Attack
 from nas.training.data import Dataset, Split, load_data
 from nas.training.evaluation import evaluate_model
+from nas.training.evaluation.attack import Attack
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.registry import load_space
 

@@ -13,7 +13,7 @@ from torch import nn
 from nas.plots import svg
 from nas.training.data import Dataset, Split
 from nas.training.evaluation import Evaluation, evaluate_model
-from nas.training.evaluation_plots import WIDEST_LABEL, confusion_figure, reliability_figure
+from nas.training.evaluation.plots import WIDEST_LABEL, confusion_figure, reliability_figure
 from search_spaces.common.errors import UserError
 
 

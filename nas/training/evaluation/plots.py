@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nas.plots import COLORS, GREY, INK, figure_of, panels
-from nas.training.evaluation import Evaluation
+from nas.training.evaluation.measure import Evaluation
 from search_spaces.common.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nas.training.profile_model import (
+from nas.training.evaluation.cost import (
     count_macs,
     count_params,
     peak_activation_bytes,

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas.training.attack import Attack, perturb, pixels
-from nas.training.calibration import Bin, expected_calibration_error, reliability_bins, wilson_interval
-from nas.training.confusion import ConfusedPair, class_accuracies, confused_pairs, confusion_matrix
 from nas.training.data import Dataset, Split
-from nas.training.profile_model import (
+from nas.training.evaluation.attack import Attack, perturb, pixels
+from nas.training.evaluation.calibration import Bin, expected_calibration_error, reliability_bins, wilson_interval
+from nas.training.evaluation.confusion import ConfusedPair, class_accuracies, confused_pairs, confusion_matrix
+from nas.training.evaluation.cost import (
     Timing,
     count_macs,
     count_params,
