@@ -65,8 +65,13 @@ class _Body:
     def __init__(self, writer: Writer, functions: dict[str, str], classes: list[str]):
         leaves = writer.leaves
         functions = {**functions, **leaves.functions}
-        texts = [*functions.values(), *leaves.copies.texts.values(), *leaves.classes.values(), *classes]
-        self.lines = [line for text in texts for line in ["", "", *text.strip("\n").split("\n")]]
+        texts = [*leaves.copies.texts.values(), *functions.values(), *leaves.classes.values(), *classes]
+        self.lines: list[str] = []
+        constant = None  # whether the definition before is one; None behind the imports
+        for text in dict.fromkeys(texts):
+            before, constant = constant, not text.lstrip().startswith(("def ", "class ", "@"))
+            blank = {None: 1, True: 0, False: 2}[before] if constant else 2
+            self.lines += [*[""] * blank, *text.strip("\n").split("\n")]
         self.imports = leaves.copies.imports
 
 

@@ -140,7 +140,9 @@ class Writer:
 
     def over(self, sites: Sequence[Site], channels: str) -> Call:
         """One call in terms of the variable `channels` for the leaves of several sites."""
-        return self.leaves.over_channels(((n, self.leaves.write(leaf, n)) for leaf, n, _ in sites), channels)
+        found = [(n, self.leaves.write(leaf, n)) for leaf, n, _ in sites]
+        everywhere = self._sites.get(family(found[0][1]), [])
+        return self.leaves.over_channels(everywhere if everywhere and is_function(everywhere) else found, channels)
 
     def _kind(self, module: nn.Module) -> Kind:
         kind = self._kinds(module)

@@ -60,7 +60,10 @@ class Leaves:
         if isinstance(module, GraphLayer) and kind is GraphLayer:
             return Call(self._layer(module), (("", module.channels),))
         if isinstance(module, nn.Sequential) and kind is nn.Sequential:
-            return Call(f"nn.{kind.__name__}", tuple(("", self.write(part, channels)) for part in module))
+            parts = list(module)
+            while len(parts) > 1 and type(parts[-1]) is nn.Identity:  # others keep their place in the state's names
+                parts.pop()
+            return Call("nn.Sequential", tuple(("", self.write(part, channels)) for part in parts))
         if getattr(nn, kind.__name__, None) is kind:
             return Call(f"nn.{kind.__name__}", _arguments(module, channels))
         if kind.__module__.startswith("search_spaces.primitives"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import subprocess
 import sys
 import warnings
@@ -232,17 +233,27 @@ FACTORIES = {
 }
 
 
-@pytest.mark.parametrize("layers", FACTORIES)
-@pytest.mark.parametrize("name", ["nas-bench-201", "darts", "nas-bench-101", "nas-bench-graph"])
-def test_every_normalisation_and_activation(name, layers, tmp_path):
-    if name == "nas-bench-graph" and layers in ("by width", "table"):
-        pytest.skip("graph networks have one width")
+IMAGE_CASES = [("nas-bench-201", layers) for layers in FACTORIES]
+IMAGE_CASES += [(name, f) for name in ("darts", "nas-bench-101") for f in ("evonorm-b0", "group norm", "by width")]
+GRAPH_CASES = [("nas-bench-graph", layers) for layers in FACTORIES if layers not in ("by width", "table")]  # one width
+
+
+@pytest.mark.parametrize(("name", "layers"), IMAGE_CASES + GRAPH_CASES)
+def test_every_normalisation_and_activation(name, layers):
     norm, act = FACTORIES[layers]
     scale = {**SMALL[name], "channels": 6} if name != "nas-bench-graph" else SMALL[name]
     model = load_space(name).build(sampled(name, 1, seed=5)[0], norm=norm, act=act, **scale)
     source = network_source(model)
     compare(model, source, single=False)
-    check_text([source], tmp_path)
+
+
+def test_text_with_every_normalisation_and_activation(tmp_path):
+    sources = []
+    for (name, arch), (norm, act) in zip(
+        itertools.cycle((name, sampled(name, 1, seed=5)[0]) for name in ("darts", "nas-bench-101")), FACTORIES.values()
+    ):
+        sources.append(network_source(load_space(name).build(arch, norm=norm, act=act, **SMALL[name])))
+    check_text(sources, tmp_path)
 
 
 def test_with_layers():
@@ -308,7 +319,7 @@ def test_arguments_and_dropout():
 
 @pytest.mark.parametrize("class_name", ["class", "My Net", "2d", "variance", "torch", "Cell", "ActConvNorm", "F"])
 def test_bad_class_names(class_name):
-    model = load_space("nas-bench-201").build((3, 3, 3, 3, 3, 3), channels=4)
+    model = load_space("nas-bench-201").build((3,) * 6, **SMALL["nas-bench-201"])
     with pytest.raises(UserError, match="class name|Python class"):
         network_source(model, class_name=class_name)
 
@@ -324,24 +335,24 @@ class Foreign(nn.Module):
 def test_foreign_modules():
     space = load_space("nas-bench-201")
     for model in (
-        space.build((3,) * 6, norm=Foreign),
-        space.build((3,) * 6, act=Foreign),
+        space.build((3,) * 6, norm=Foreign, **SMALL["nas-bench-201"]),
+        space.build((3,) * 6, act=Foreign, **SMALL["nas-bench-201"]),
         nn.Linear(3, 3),
-        space.choices(channels=4),
+        space.choices(**SMALL["nas-bench-201"]),
     ):
         with pytest.raises(UserError, match=r"--to model.pt2"):
             network_source(model)
     with pytest.raises(UserError, match="Foreign"):
-        network_source(space.build((3,) * 6, norm=Foreign))
+        network_source(space.build((3,) * 6, norm=Foreign, **SMALL["nas-bench-201"]))
 
 
 def test_changed_models():
     """What somebody changed after the network was built is not passed over in silence."""
-    model = load_space("nas-bench-201").build((3,) * 6, channels=4)
+    model = load_space("nas-bench-201").build((3,) * 6, **SMALL["nas-bench-201"])
     model.cells[0].edges[0].conv = nn.Conv2d(4, 4, 3, padding=1, bias=True)
     with pytest.raises(UserError, match="Conv2d|Network"):
         network_source(model)
-    model = load_space("nas-bench-201").build((3,) * 6, channels=4)
+    model = load_space("nas-bench-201").build((3,) * 6, **SMALL["nas-bench-201"])
     model.cells[0].edges[0].conv = nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False)
     with pytest.raises(UserError, match="Conv2d"):
         network_source(model)
