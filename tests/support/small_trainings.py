@@ -18,7 +18,6 @@ from search_spaces.layers.catalog import layer
 from search_spaces.layers.module import GraphLayer
 
 DEAD_EDGE = "|nor_conv_3x3~0|+|nor_conv_3x3~0|none~1|+|skip_connect~0|none~1|skip_connect~2|"  # edge 0_1 leads nowhere
-DARTS_CELL = "sep_conv_3x3 skip_connect"
 
 
 @functools.cache
