@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nas.evaluators import make_evaluator
 from nas.objectives import parse_objectives
@@ -21,6 +23,16 @@ class FoundArchitecture:
     run: Run
     space: SearchSpace
     record: TrialRecord
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The settings of the training that measured it (fields of `Task`), empty for a search in a table."""
+        return self.run.settings.get("task") or self.run.settings.get("training") or {}
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The scale of the network that was measured: keywords of `space.build`."""
+        return dict(self.training.get("network", {}))
 
 
 def load_result(path: str | Path) -> SearchResult:

@@ -179,10 +179,11 @@ def _best_section(result: SearchResult, summary: Summary) -> list[page.Markup]:
     try:
         arch = result.space.decode(best.arch)
         drawing = [page.figure(draw_graph(result.space.graph(arch)))]
-        network = result.space.cost(arch)
+        scale = (result.settings.get("training") or {}).get("network", {})
+        network = result.space.cost(arch, **scale)
         named = {"params": "parameters", "macs": "multiply-adds", "live_macs": "live multiply-adds"}
         counts = [f"{named.get(k, k)} {format_count(v)}" for k, v in network.items()]
-        facts["network as built by default"] = ", ".join(counts)
+        facts["network as trained" if scale else "network as built by default"] = ", ".join(counts)
     except UserError:
         pass  # a space need not state costs
     return [page.section("The best architecture", *drawing, page.pairs(facts))]
@@ -379,7 +380,8 @@ class _View:
             if self.table is not None and self.table.has(name):
                 return self.table.values([space.decode(f.arch) for f in found], name)
             if name == "params" and len(found) <= COSTED:
-                return np.array([space.cost(space.decode(f.arch))["params"] for f in found], float)
+                scale = (self.result.settings.get("training") or {}).get("network", {})
+                return np.array([space.cost(space.decode(f.arch), **scale)["params"] for f in found], float)
         except UserError:
             pass
         return None

@@ -13,15 +13,11 @@ from nas.cli import options
 from nas.cli.context import command_line, environment
 from nas.cli.output import Output
 from nas.cli.search import (
-    Act,
     Device,
-    Layer,
-    Norm,
     OwnSchedule,
     SplitSeed,
     Threads,
     TrainSeed,
-    ValShare,
     clock,
     read_training,
 )
@@ -54,10 +50,10 @@ def compare(
     preset: options.Preset = "digits-tiny",
     change: options.Changes = None,
     scale: options.Scale = None,
-    norm: Norm = None,
-    act: Act = None,
-    layer: Layer = None,
-    val_share: ValShare = None,
+    norm: options.Norm = None,
+    act: options.Act = None,
+    layer: options.Layer = None,
+    val_share: options.ValShare = None,
     split_seed: SplitSeed = 0,
     train_seed: TrainSeed = 0,
     own_schedule: OwnSchedule = False,

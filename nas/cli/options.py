@@ -47,16 +47,22 @@ Settings = Annotated[
     list[str] | None, typer.Option("--setting", help="NAME=VALUE of the strategy, see `nas strategies`; repeatable.")
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]
-Data = Annotated[str, typer.Option("--data", help="digits, cifar10, cifar100, a folder, or package.module:object.")]
+DataOption = typer.Option("--data", help="digits, cifar10, cifar100, a folder, or package.module:object.")
+Data = Annotated[str, DataOption]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Where the files of named data lie.")]
 Size = Annotated[int | None, typer.Option("--size", help="Average images down to this size.")]
-Preset = Annotated[str, typer.Option("--preset", help="Training settings, see `nas presets`.", autocompletion=_presets)]
+PresetOption = typer.Option("--preset", help="Training settings, see `nas presets`.", autocompletion=_presets)
+Preset = Annotated[str, PresetOption]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of the training, see `nas presets NAME`; repeatable.")
 ]
 Scale = Annotated[
     list[str] | None, typer.Option("--scale", help="NAME=VALUE of the network, such as channels=8; repeatable.")
 ]
+Norm = Annotated[str | None, typer.Option("--norm", help="Every normalisation; `nas layers list` names layers.")]
+Act = Annotated[str | None, typer.Option("--act", help="Every activation.")]
+Layer = Annotated[str | None, typer.Option("--layer", help="One layer for both: a name, a formula, RUN:best.")]
+ValShare = Annotated[float | None, typer.Option("--val-share", help="Of the training images (default: the preset's).")]
 
 
 def read_settings(given: Sequence[str] | None) -> dict[str, Any]:

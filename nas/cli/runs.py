@@ -66,12 +66,13 @@ def show(
     arch = space.decode(record.arch)
     lines: dict = {"architecture": space.readable(arch), "trial": record.id, "key": record.key}
     lines |= record.metrics or {}
-    result = {"arch": record.arch, "key": record.key, "trial": record.id, "metrics": record.metrics}
-    scale = (found.run.settings.get("task") or {}).get("network", {})
+    result: dict[str, Any] = {"arch": record.arch, "key": record.key, "trial": record.id, "metrics": record.metrics}
+    scale = found.network
     try:
-        result["cost"] = space.cost(arch, **scale)
-        costs = {f"network {k}": v for k, v in result["cost"].items()}
-        lines |= costs
+        costs = space.cost(arch, **scale)
+        if "params" not in (record.metrics or {}):  # a training counted them at the size of its own images
+            lines |= {f"network {k}": v for k, v in costs.items()}
+        result["cost"] = costs
     except UserError:
         pass
     if build:

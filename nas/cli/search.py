@@ -18,10 +18,6 @@ from search_spaces.common.errors import UserError
 if TYPE_CHECKING:
     from nas.training.evaluator import TrainEvaluator
 
-Norm = Annotated[str | None, typer.Option("--norm", help="Every normalisation; `nas layers list` names layers.")]
-Act = Annotated[str | None, typer.Option("--act", help="Every activation.")]
-Layer = Annotated[str | None, typer.Option("--layer", help="One layer for both: a name, a formula, RUN:best.")]
-ValShare = Annotated[float | None, typer.Option("--val-share", help="Of the training images (default: the preset's).")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="Of the split into training and validation images.")]
 TrainSeed = Annotated[int, typer.Option("--train-seed", help="Of weights, order and augmentation of all trainings.")]
 OwnSchedule = Annotated[
@@ -58,10 +54,10 @@ def search(
     preset: options.Preset = "digits-tiny",
     change: options.Changes = None,
     scale: options.Scale = None,
-    norm: Norm = None,
-    act: Act = None,
-    layer: Layer = None,
-    val_share: ValShare = None,
+    norm: options.Norm = None,
+    act: options.Act = None,
+    layer: options.Layer = None,
+    val_share: options.ValShare = None,
     split_seed: SplitSeed = 0,
     train_seed: TrainSeed = 0,
     own_schedule: OwnSchedule = False,

@@ -25,18 +25,18 @@ def train(
     space: Annotated[str | None, typer.Option(help="A space's name or package.module:object, with --arch.")] = None,
     arch: Annotated[str | None, typer.Option(help="An architecture in the space's notation.")] = None,
     factory: Annotated[str | None, typer.Option(help="package.module:function that makes a model of your own.")] = None,
-    data: options.Data = "digits",
+    data: Annotated[str | None, options.DataOption] = None,
     data_root: options.DataRoot = None,
     size: options.Size = None,
-    preset: options.Preset = "digits-tiny",
+    preset: Annotated[str | None, options.PresetOption] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images (default: the preset's).")] = None,
     change: options.Changes = None,
     scale: options.Scale = None,
-    norm: Annotated[str | None, typer.Option(help="Every normalisation; `nas layers list` names layers.")] = None,
-    act: Annotated[str | None, typer.Option(help="Every activation.")] = None,
-    layer: Annotated[str | None, typer.Option(help="One layer for both: a name, a formula, RUN:best.")] = None,
+    norm: options.Norm = None,
+    act: options.Act = None,
+    layer: options.Layer = None,
     kernels: Annotated[str | None, typer.Option(help="auto, eager or compile.")] = None,
-    val_share: Annotated[float | None, typer.Option(help="Of the training images (default: the preset's).")] = None,
+    val_share: options.ValShare = None,
     split_seed: Annotated[int, typer.Option(help="Of the split into training and validation images.")] = 0,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images out.")] = False,
     seeds: Annotated[int, typer.Option(help="Train so often, with the seeds --seed, --seed + 1, ...")] = 1,
@@ -47,8 +47,12 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run's folder (default: a new one below runs/).")] = None,
     json: options.Json = False,
 ) -> None:
-    """Train a network on your images; the run resumes, is reported, evaluated and exported from."""
+    """Train a network on your images; the run resumes, is reported, evaluated and exported from.
+
+    After a search by training, RUN:best is trained as there unless options say otherwise; else on digits (digits-tiny).
+    """
     from nas.training.presets import preset as find_preset
+    from nas.training.recipe import Recipe
     from nas.training.task import Task
 
     output = Output("train", json, seed)
@@ -56,35 +60,48 @@ def train(
         raise UserError(seeds, "at least one seed")
     if sum(given is not None for given in (reference, space, factory)) != 1:
         raise UserError("--space", "one of: a search's RUN:best, --space with --arch, or --factory")
+    known: Mapping[str, Any] = {}
     if reference is not None:
-        space, arch = _found(reference)
-    settings = find_preset(preset)
+        space, arch, known = _found(reference)
     changes = options.read_settings(change)
-    if epochs is not None:
-        changes["epochs"] = epochs
-    if kernels is not None:
-        changes["kernels"] = kernels
-    network = dict(settings.network) if settings.space is not None and settings.space == space else {}
-    network |= options.read_settings(scale)
+    changes |= {k: v for k, v in (("epochs", epochs), ("kernels", kernels)) if v is not None}
+    if preset is None and known:
+        base = Recipe(**known["recipe"])
+        defaults: Mapping[str, Any] = known
+        network = dict(known["network"])
+    else:
+        preset = preset or "digits-tiny"
+        settings = find_preset(preset)
+        base, defaults = settings.recipe, {**known, "val_share": settings.val_share}
+        network = dict(known.get("network", {}))
+        if settings.space is not None and settings.space == space:
+            network = dict(settings.network)
+    same_data = data is None or data == known.get("data")
+    given = {
+        "norm": norm,
+        "act": act,
+        "layer": layer,
+        "data": data,
+        "root": None if data_root is None else str(data_root),
+        "size": size,
+        "val_share": val_share,
+    }
+    kept = {k: defaults[k] for k in given if k in defaults and (same_data or k not in ("root", "size"))}
+    if norm or act or layer:
+        kept = {k: v for k, v in kept.items() if k not in ("norm", "act", "layer")}
     task = Task(
-        recipe=settings.recipe.replaced(changes),
+        recipe=base.replaced(changes),
         space=space,
         arch=arch,
         factory=factory,
-        network=network,
-        norm=norm,
-        act=act,
-        layer=layer,
-        data=data,
-        root=None if data_root is None else str(data_root),
-        size=size,
-        val_share=settings.val_share if val_share is None else val_share,
+        network=network | options.read_settings(scale),
         split_seed=split_seed,
         skip_broken=skip_broken,
+        **{**kept, **{k: v for k, v in given.items() if v is not None}},
     )
     if out is None:
         subject = (space or str(factory)).replace(":", "-")
-        out = default_folder(f"train-{subject}-{Path(data).name.replace(':', '-')}-seed{seed}")
+        out = default_folder(f"train-{subject}-{Path(task.data).name.replace(':', '-')}-seed{seed}")
     describe = {
         "preset": preset,
         "command": command_line(),
@@ -106,16 +123,15 @@ def resume(settings: Mapping[str, Any], out: Path, output: Output) -> None:
     _train(Task.from_json(settings["task"]), settings["seeds"], out, describe, output)
 
 
-def _found(reference: str) -> tuple[str, str]:
+def _found(reference: str) -> tuple[str, str, Mapping[str, Any]]:
+    """(space, architecture, the settings of the training that measured it if one did)."""
     from nas.references import find_architecture
 
     found = find_architecture(reference)
-    kind = found.run.settings.get("kind")
-    if kind == "layers":
+    settings = found.run.settings
+    if settings.get("kind") == "layers":
         raise UserError(reference, f"a run over architectures; this found a layer (--layer {reference} trains with it)")
-    if kind == "training":
-        return found.run.settings["task"]["space"], found.record.arch
-    return found.run.settings["space"], found.record.arch
+    return settings["task"]["space"] if "task" in settings else settings["space"], found.record.arch, found.training
 
 
 def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], output: Output) -> None:
