@@ -80,6 +80,8 @@ def save_state(
     try:
         with atomic_write(path, "wb") as file:
             torch.save(content, file)
+    except RunError:
+        raise
     except RuntimeError as error:  # how torch reports a disk that fills while it writes
         reason = str(error).splitlines()[0][:120]
         raise RunError(f"the checkpoint {path} could not be written ({reason}); the one before it is kept") from error

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
 from nas.run import Run, TrialRecord
@@ -32,6 +34,7 @@ from nas.training.preflight import Forecast, forecast
 from nas.training.recalibrate import statistics_layers
 from nas.training.task import Task
 from search_spaces.common.errors import RunError, UserError
+from search_spaces.common.files import atomic_write
 
 CHECKPOINT_STEPS = 1000
 Row = dict[str, float]
@@ -300,9 +303,8 @@ class _Session:
             return
         plain = self.task.make_network(self.data, seed=seed, auxiliary=False).state_dict()
         weights: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        path = weights_path(self.run, seed)
-        path.parent.mkdir(exist_ok=True)
-        save_file({k: v.clone() for k, v in weights.items() if k in plain}, path)
+        with atomic_write(weights_path(self.run, seed), "wb") as file:
+            file.write(as_safetensors({k: v.clone() for k, v in weights.items() if k in plain}))
         self.run.add_tell(replace(asked, status="done", metrics=metrics, seconds=state.seconds, worker=0, **_now()))
         if state.stopped:
             self.tell(f"seed {seed}: {state.stopped}; the weights are those of epoch {best['epoch']}")
@@ -365,6 +367,6 @@ def load_trained(reference: str) -> Trained:
     path = weights_path(run, record.seed)
     try:
         model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise RunError(f"the weights {path} cannot be loaded: {' '.join(str(error).split())[:160]}") from error
     return Trained(model.eval(), data, task, run, record)
