@@ -87,7 +87,8 @@ class Node(nn.Module):
 
 def _as_image(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply a layer of images to [nodes, channels] seen as [1, channels, nodes, 1]."""
-    return layer(x.t()[None, :, :, None])[0, :, :, 0].t()
+    # Contiguous, because on others torch 2.13's BatchNorm2d gives wrong gradients in training on a CPU.
+    return layer(x.t().contiguous()[None, :, :, None])[0, :, :, 0].t()
 
 
 class StackActivation(nn.Module):

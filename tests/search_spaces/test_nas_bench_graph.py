@@ -179,3 +179,23 @@ def test_nonsense_is_refused(text, suggestion):
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(UserError):
         SPACE.build(SPACE.decode("0,1,2,3:gcn,gcn,gcn,gcn"), **wrong)
+
+
+def test_gradients_in_training_are_those_of_finite_differences():
+    """The norms see nodes as an image; a transposed view of it once gave wrong gradients on a CPU."""
+    space = NasBenchGraph()
+    arch = space.sample(np.random.default_rng(0))
+    network = space.build(arch, in_features=5, num_classes=3, hidden=8, dropout=0.0).double()
+    x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 0]])
+    weights = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(x):
+        return (network(x, edges) * weights).sum()
+
+    direction = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    moved = x.clone().requires_grad_()
+    slope = (torch.autograd.grad(loss(moved), moved)[0] * direction).sum()
+    step = 1e-6
+    difference = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    assert slope.item() == pytest.approx(difference.item(), rel=1e-4)

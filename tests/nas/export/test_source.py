@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nas.export.source import network_source
-from search_spaces.cells import nas_bench_graph_network
 from search_spaces.common.errors import UserError
 from search_spaces.layered import with_layers
 from search_spaces.layers.catalog import layer
@@ -35,17 +34,6 @@ SMALL = {
 }
 MOST_LINES = {"nas-bench-201": 120, "darts": 210, "nas-bench-graph": 200, "nas-bench-graph-proteins": 200}
 GRAPHS = [name for name in SMALL if "graph" in name]
-
-
-@pytest.fixture(autouse=True)
-def contiguous_images(monkeypatch):
-    """Graph networks give their norms contiguous images: on others the gradient of torch 2.13's BatchNorm2d in
-    training is wrong on the CPU (finite differences; `test_gradient_of_graph_networks` has the written file's)."""
-
-    def as_image(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return layer(x.t().contiguous()[None, :, :, None])[0, :, :, 0].t()
-
-    monkeypatch.setattr(nas_bench_graph_network, "_as_image", as_image)
 
 
 def sampled(name: str, count: int, seed: int = 0) -> list:
