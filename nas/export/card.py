@@ -64,7 +64,7 @@ class Card:
         where = f" of the space `{self.space}`" if self.space else ""
         sections = [f"# {self.title}\n\n{state}{where}."]
         sections.append(_list(self._facts()))
-        sections.append(f"## Use\n\n```python\n{_use(files, inputs)}\n```\n\n{self._input_line()}")
+        sections += [f"## Use\n\n```python\n{_use(files, inputs)}\n```", self._input_line()]
         if self.metrics:
             measured = f"{self.metrics_source[:1].upper()}{self.metrics_source[1:]}.\n\n" if self.metrics_source else ""
             rows = {_metric(name): _number(value) for name, value in self.metrics.items()}
