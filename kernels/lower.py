@@ -1,0 +1,161 @@
+"""A LayerGraph as a Program: the same values as `search_spaces.layers.evaluate`, in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kernels.program import FULL, Builder, C, G, K, N, Program, S, Unsupported
+from search_spaces.common.errors import UserError
+from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+
+LAYOUTS = ("channels-first", "tokens")
+AXES = {"batch": N | S, "layer": C | S, "instance": S, "group": K | S, "channel": C, "channel-group": K}
+_PER_POSITION = ("channel", "channel-group")
+_ACROSS_POSITIONS = ("layer", "instance", "group")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A batch aggregate. id: its node in the graph. name: of the program's output with its batch moment in training
+    and of the program's input with its running moment in evaluation, both [C]: the mean, mean square, variance
+    (`unbiased` as the graph says) or mean absolute."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A layer's program and how to run it.
+
+    program: inputs `x` [N, C, S], the names in `parameters` [C] and in evaluation those of `statistics` [C]; outputs
+    `y` [N, C, S] and in tracking training those of `statistics` [C]. flat: every position is a sample of its own
+    (x is [B * positions, C, 1]), because the layer takes statistics at each position. statistics: in the order of
+    `graph.batch_aggregates()`.
+    """
+
+    program: Program
+    parameters: tuple[str, ...]
+    statistics: tuple[Statistic, ...]
+    flat: bool
+
+
+def lower(
+    graph: LayerGraph,
+    *,
+    layout: str = "channels-first",
+    training: bool = True,
+    track: bool = True,
+    mixed: bool = False,
+) -> Lowered:
+    """The program of a layer.
+
+    training: batch aggregates take their moments from x, otherwise from inputs that hold the running ones. track:
+    whether running statistics are kept; without them evaluation is training without outputs of moments. mixed: admit
+    graphs that take statistics both at each position and over positions; only the reference executes their programs.
+    Errors: UserError for an unknown layout, Unsupported for a graph with an operation that programs lack, and for
+    mixed ones.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(layout, f"a layout: {' or '.join(LAYOUTS)}")
+    kinds = {node.axes for _, node in graph.live_nodes if node.aggregate}
+    flat = bool(kinds & {*_PER_POSITION}) or (layout == "tokens" and not kinds & {*_ACROSS_POSITIONS})
+    if flat and (across := sorted(kinds & {*_ACROSS_POSITIONS})):
+        if not mixed:
+            expected = f"statistics at each position or over positions, found also {', '.join(across)}"
+            raise Unsupported(", ".join(sorted(kinds & {*_PER_POSITION})), expected)
+        flat = False
+    builder = Builder()
+    values: dict[int, int] = {}
+    names = {id: f"moment_{k}" for k, id in enumerate(graph.batch_aggregates())} if track else {}
+    moments: dict[str, int] = {}
+    for id in graph.live:
+        if id < len(LEAVES):
+            values[id] = _leaf(builder, id)
+            continue
+        node = graph.node(id)
+        inputs = [values[i] for i in node.inputs]
+        if not node.aggregate:
+            values[id] = elementwise(builder, node, inputs)
+        elif id in names and not training:
+            values[id] = _finish(builder, node, builder.input(names[id], C))
+        else:
+            moment, axes = _moment(builder, node, inputs[0])
+            values[id] = _finish(builder, node, moment)
+            if id in names:
+                if graph.unbiased and node.op == "std" and axes:
+                    rest = builder("max", builder("sub", builder.numel(axes), 1.0), 1.0)
+                    moment = builder("mul", moment, builder("div", builder.numel(axes), rest))
+                moments[names[id]] = builder.expand(moment, C)
+    out = values[graph.output]
+    if graph.affine:
+        out = builder("add", builder("mul", out, builder.input("weight", C)), builder.input("bias", C))
+    program = builder.program({"y": builder.expand(out, FULL), **moments})
+    parameters = ["weight", "bias"] * graph.affine + [LEAVES[id] for id in (V0, V1) if id in graph.live]
+    return Lowered(program, tuple(parameters), tuple(Statistic(id, name) for id, name in names.items()), flat)
+
+
+def _leaf(builder: Builder, id: int) -> int:
+    if id == ZERO:
+        return builder.const(0.0)
+    return builder.input(LEAVES[id], FULL if id == X else C)
+
+
+def _moment(builder: Builder, node: Node, value: int) -> tuple[int, int]:
+    """(The moment of a value over the node's axes before any root, the axes that it really reduces)."""
+    axes = AXES[node.axes] & builder.spaces[value]
+    if node.op == "std":
+        return builder.var(value, axes), axes
+    if node.op != "mean":
+        value = builder("square" if node.op == "rms" else "abs", value)
+    return builder.mean(value, axes), axes
+
+
+def _finish(builder: Builder, node: Node, moment: int) -> int:
+    if node.op in ("rms", "std"):
+        return builder("sqrt", _plus_eps(builder, moment, node.eps))
+    return moment
+
+
+def _plus_eps(builder: Builder, value: int, eps: float) -> int:
+    return builder("add", value, builder.scalar(eps)) if eps else value
+
+
+def elementwise(builder: Builder, node: Node, inputs: list[int]) -> int:
+    """An element-wise node of a graph with its guard or clamp. Errors: Unsupported, naming the operation."""
+    if node.op in _DIRECT:
+        return builder(node.op, *inputs)
+    if node.op not in _GUARDED:
+        raise Unsupported(node.op, "an operation that programs can express; the layer still runs by `evaluate`")
+    return _GUARDED[node.op](builder, node, inputs)
+
+
+def _div(builder: Builder, node: Node, inputs: list[int]) -> int:
+    below = builder("guard", inputs[1], builder.scalar(node.eps)) if node.eps else inputs[1]
+    return builder("div", inputs[0], below)
+
+
+def _exp(builder: Builder, node: Node, inputs: list[int]) -> int:
+    clamped = inputs[0] if node.clamp is None else builder("clamp_max", inputs[0], builder.scalar(node.clamp))
+    return builder("exp", clamped)
+
+
+def _of_size(builder: Builder, node: Node, inputs: list[int]) -> int:
+    """log, sqrt and rsqrt act on |a| + eps; the first two then take the sign of a."""
+    size = builder(node.op, _plus_eps(builder, builder("abs", inputs[0]), node.eps))
+    return size if node.op == "rsqrt" else builder("mul", builder("sign", inputs[0]), size)
+
+
+# Graph operations that are one operation of programs, and those that need more. A new one stands in one of these, and
+# in ELEMENTWISE of `program`, DERIVATIVES of `autodiff` and ELEMENTWISE of `reference` if programs lack it.
+_DIRECT = frozenset(
+    ("add", "sub", "mul", "max", "min", "neg", "sigmoid", "tanh", "abs", "square", "erf", "softplus"),
+)
+_GUARDED: dict[str, Callable[[Builder, Node, list[int]], int]] = {
+    "div": _div,
+    "exp": _exp,
+    "log": _of_size,
+    "sqrt": _of_size,
+    "rsqrt": _of_size,
+}
