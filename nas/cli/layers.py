@@ -29,6 +29,10 @@ GroupSize = Annotated[
     int | None, typer.Option("--group-size", help="Channels in a group (default: at most 32 groups).")
 ]
 Ops = Annotated[str, typer.Option("--ops", help="A set of primitives: evonorm24, evonorm21, extended, tokens.")]
+SearchOps = Annotated[
+    str,
+    typer.Option("--ops", help="evonorm24, evonorm21, extended, tokens; of activation functions: swish, pangaea."),
+]
 LayerName = Annotated[str, typer.Argument(metavar="LAYER", help="A name, RUN:best, FILE.json or a formula.")]
 
 
@@ -59,32 +63,45 @@ def search(
     strategy: options.Strategy = "regularized-evolution",
     setting: options.Settings = None,
     objectives: options.Objectives = None,
-    ops: Ops = "evonorm24",
+    ops: SearchOps = "evonorm24",
     nodes: Annotated[int, typer.Option(help="Operations in a graph.")] = 10,
     sampling: Annotated[str, typer.Option(help="normalizing, flat or nested.")] = "normalizing",
     immigrants: Annotated[float, typer.Option(help="Share of random layers among the mutants.")] = 0.1,
     first: Annotated[str, typer.Option(help="Known layers to begin from, see `nas layers list`.")] = "",
     group_size: GroupSize = 4,
+    norm: Annotated[
+        str, typer.Option(help="What stands before an activation function: batch, group, layer, none.")
+    ] = "batch",
+    units: Annotated[int, typer.Option(help="Core units of the swish set: 1 or 2.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes that train.")] = 1,
     seed: options.Seed = 0,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Search for a layer on your own images; the run can be continued, reported and exported from."""
+    """Search for a layer, or with `--ops swish|pangaea` for an activation function, on your own images; the run can be
+    continued, reported and exported from."""
+    from nas.layers.activation_search import SETS, ActivationEvaluator, FilteredActivations
     from nas.layers.funnel import FilteredLayers
 
     output = Output("layers search", json, seed)
     evaluator = _evaluator(data, data_root, size, anchors, width, steps, learning_rate)
-    space = FilteredLayers(
-        ops,
-        nodes,
-        sampling,
-        mutations=("replace", "rewire"),
-        immigrants=immigrants,
-        group_size=group_size,
-        first=_split(first),
-    )
-    out = out or Path("runs") / f"layers-{Path(data).name.replace(':', '-')}-{strategy}-seed{seed}"
+    space: FilteredLayers | FilteredActivations
+    if ops in SETS:
+        evaluator = ActivationEvaluator(**{**vars(evaluator), "norm": norm})
+        of_set: dict[str, Any] = {"units": units} if ops == "swish" else {}
+        space = FilteredActivations(ops, first=_split_layers(first) if first else (), **of_set)
+    else:
+        space = FilteredLayers(
+            ops,
+            nodes,
+            sampling,
+            mutations=("replace", "rewire"),
+            immigrants=immigrants,
+            group_size=group_size,
+            first=_split(first),
+        )
+    kind = "activations" if ops in SETS else "layers"
+    out = out or Path("runs") / f"{kind}-{Path(data).name.replace(':', '-')}-{strategy}-seed{seed}"
     describe = {"command": command_line(), "version": nas.__version__, "environment": environment()}
     arguments: dict[str, Any] = {"strategy_settings": options.read_settings(setting), "describe": describe}
     _run(space, evaluator, strategy, budget, objectives or "val_acc", seed, workers, out, output, **arguments)

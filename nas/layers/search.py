@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.budget import Budget
+from nas.layers.activation_search import ActivationEvaluator, FilteredActivations
 from nas.layers.evaluator import MEASURES, LayerEvaluator
 from nas.layers.funnel import FilteredLayers
 from nas.loop import search
@@ -24,7 +25,7 @@ FUNNEL_FILE = "funnel.json"
 
 
 def search_layers(
-    space: FilteredLayers,
+    space: FilteredLayers | FilteredActivations,
     evaluator: LayerEvaluator,
     strategy: str = "regularized-evolution",
     *,
@@ -37,7 +38,8 @@ def search_layers(
     describe: Mapping[str, Any] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> SearchResult:
-    """Search for a layer; with `out` the run is kept, resumed by the same call, and `funnel.json` counts rejections.
+    """Search for a layer or an activation function; with `out` the run is kept, resumed by the same call, and
+    `funnel.json` counts rejections.
 
     budget: trials, that is layers that reach training, or a Budget whose simulated seconds are training steps.
     objectives: metrics of the evaluator; `latency_ms` and `activation_bytes` are measured when they are named.
@@ -72,15 +74,17 @@ def search_layers(
                 json.dump(dict(space.counts), file)
 
 
-def space_from(settings: Mapping[str, Any]) -> FilteredLayers:
+def space_from(settings: Mapping[str, Any]) -> FilteredLayers | FilteredActivations:
     """The space of a layer run's settings."""
-    return FilteredLayers(**settings["layer_space"])
+    about = settings["layer_space"]
+    return FilteredLayers(**about) if "nodes" in about else FilteredActivations(**about)
 
 
 def evaluator_from(settings: Mapping[str, Any]) -> LayerEvaluator:
     """The evaluator of a layer run's settings."""
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings["layer_evaluator"].items()}
-    return LayerEvaluator(**{**known, "recipe": Recipe(**known["recipe"])})
+    made = ActivationEvaluator if "norm" in known else LayerEvaluator
+    return made(**{**known, "recipe": Recipe(**known["recipe"])})
 
 
 def funnel_counts(result: SearchResult) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def funnel_counts(result: SearchResult) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     if result.run is not None and (result.run.path / FUNNEL_FILE).exists():
         counts.update(json.loads((result.run.path / FUNNEL_FILE).read_text()))
-    elif isinstance(result.space, FilteredLayers):
+    elif isinstance(result.space, FilteredLayers | FilteredActivations):
         counts.update(result.space.counts)
     drawn = counts.pop("drawn", 0)
     for record in result.records:

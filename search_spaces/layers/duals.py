@@ -7,12 +7,13 @@ fingerprints ask thousands of graphs a second for a few hundred numbers each, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from search_spaces.layers.graph import V0, V1, ZERO, LayerGraph, Node, X
+from search_spaces.layers.ops import PARAMETERS
 
 Array = np.ndarray
 Dual = tuple[Array, Array | None]
@@ -22,7 +23,8 @@ _ERF_SLOPE = 2 / np.pi**0.5
 @dataclass(frozen=True, eq=False)
 class Probe:
     """What a layer is evaluated on: x [B, C, S], v0 and v1 [C], a direction of the same shapes (None = none), and how
-    many groups the channels fall into, whatever the graph says (so that few channels show what groups do)."""
+    many groups the channels fall into, whatever the graph says (so that few channels show what groups do). vectors:
+    the further parameters with their change; what is missing is one and stays."""
 
     x: Array
     v0: Array
@@ -31,6 +33,7 @@ class Probe:
     dx: Array | None = None
     dv0: Array | None = None
     dv1: Array | None = None
+    vectors: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
 
 
 def random_probe(
@@ -61,13 +64,16 @@ def evaluate_dual(graph: LayerGraph, probe: Probe) -> Dual:
     for id in graph.live:
         if id > V1:
             node = graph.node(id)
+            if node.op in PARAMETERS:
+                values[id] = _over_channels(*probe.vectors.get(node.op, (np.ones(1, probe.x.dtype), None)))
+                continue
             a, da = values[node.inputs[0]]
             if node.axes:
                 values[id] = _aggregate(node, a, da, probe.groups)
             elif len(node.inputs) == 2:
                 values[id] = _BINARY[node.op](node, a, da, *values[node.inputs[1]])
             else:
-                values[id] = _UNARY[node.op](node, a, da)
+                values[id] = _UNARY.get(node.op, _pointwise)(node, a, da)
     return values[graph.output]
 
 
@@ -114,12 +120,20 @@ def _mul(node: Node, a: Array, da: Array | None, b: Array, db: Array | None) -> 
     return a * b, _plus(_times(b, da), _times(a, db))
 
 
+def _pow(node: Node, a: Array, da: Array | None, b: Array, db: Array | None) -> Dual:
+    base, sign = (np.abs(a) + a.dtype.type(node.eps), np.sign(a)) if node.eps else (a, np.ones_like(a))
+    value = np.power(base, b)
+    along_a = None if da is None else b * np.power(base, b - 1) * sign * da
+    return value, _plus(along_a, None if db is None else value * np.log(base) * db)
+
+
 _BINARY: dict[str, Callable[[Node, Array, Array | None, Array, Array | None], Dual]] = {
     "add": lambda node, a, da, b, db: (a + b, _plus(da, db)),
     "sub": lambda node, a, da, b, db: (a - b, _plus(da, _negated(db))),
     "mul": _mul,
     "div": _div,
     "max": lambda node, a, da, b, db: (np.maximum(a, b), _choose(a > b, a == b, da, db)),
+    "pow": _pow,
     "min": lambda node, a, da, b, db: (np.minimum(a, b), _choose(a < b, a == b, da, db)),
 }
 
@@ -167,6 +181,17 @@ def _unary_erf(node: Node, a: Array, da: Array | None) -> Dual:
 
     value = torch.from_numpy(np.ascontiguousarray(a)).erf().numpy()
     return value, _times(_ERF_SLOPE * np.exp(-a * a), da)
+
+
+def _pointwise(node: Node, a: Array, da: Array | None) -> Dual:
+    """The functions that torch has and numpy lacks; half precision in single, rounded."""
+    import torch
+
+    from search_spaces.layers.pointwise import unary, unary_slope
+
+    wide = torch.from_numpy(np.ascontiguousarray(a, np.float64 if a.dtype == np.float64 else np.float32))
+    value = unary(node, wide).numpy().astype(a.dtype)
+    return value, None if da is None else unary_slope(node, wide).numpy().astype(a.dtype) * da
 
 
 _UNARY: dict[str, Callable[[Node, Array, Array | None], Dual]] = {

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from search_spaces.common.errors import UserError
+from search_spaces.layers import pointwise
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+from search_spaces.layers.ops import PARAMETERS
 
 LAYOUTS = ("channels-first", "tokens")
 BatchMean = Callable[[Tensor, Sequence[int]], Tensor]
@@ -29,11 +31,11 @@ def evaluate(
 ) -> Tensor:
     """The layer's output for `x`.
 
-    x: [B, C, ...] or, with layout `tokens`, [B, N, C]. params: `weight`, `bias`, `v0`, `v1` of shape [C]; what is
-    missing has its initial value (1, 0, 0, 1). stats: the moment of every live batch aggregate by node id, [C]
-    (mean, mean of squares, variance or mean of absolutes); without them they are taken from `x`, and `collect`
-    receives them. batch_mean: how means over the batch are taken (several devices). Errors: UserError for a layout
-    that does not fit.
+    x: [B, C, ...] or, with layout `tokens`, [B, N, C]. params: `weight`, `bias`, `v0`, `v1` and `ops.PARAMETERS` of
+    shape [C]; what is missing has its initial value (1, 0, 0, 1, and ones). stats: the moment of every live batch
+    aggregate by node id, [C] (mean, mean of squares, variance or mean of absolutes); without them they are taken from
+    `x`, and `collect` receives them. batch_mean: how means over the batch are taken (several devices). Errors:
+    UserError for a layout that does not fit.
     """
     check_layout(x, layout)
     params = params or {}
@@ -48,6 +50,10 @@ def evaluate(
             )
         elif id != X:
             node = graph.node(id)
+            if node.op in PARAMETERS:
+                given = params.get(node.op)
+                values[id] = over_channels(given if given is not None else x.new_ones(1), x.ndim, layout)
+                continue
             inputs = [values[i] for i in node.inputs]
             if node.aggregate:
                 batch = node.axes == "batch" and node.inputs[0] in graph.depends_on_x
@@ -111,6 +117,8 @@ def elementwise(node: Node, inputs: Sequence[Tensor]) -> Tensor:
             return torch.maximum(a, b)
         if op == "min":
             return torch.minimum(a, b)
+        if op == "pow":
+            return pointwise.power(node, a, b)
         return a / torch.where(b < 0, b - eps, b + eps) if eps else a / b  # eps stays exact in fp64
     if op == "log":
         return a.sign() * (a.abs() + eps).log()
@@ -122,7 +130,7 @@ def elementwise(node: Node, inputs: Sequence[Tensor]) -> Tensor:
         return (a if node.clamp is None else a.clamp(max=node.clamp)).exp()
     if op == "neg":
         return -a
-    return _UNARY[op](a)
+    return _UNARY[op](a) if op in _UNARY else pointwise.unary(node, a)
 
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {

@@ -4,6 +4,7 @@
 layer's settings (affine, groups, momentum, ...) are arguments of `parse_formula`.
 
     x, v0, v1, 0, 1            the input, the channel vectors, zeros, and 1 = exp(0)
+    alpha, beta, ..., zeta     further channel vectors that begin as ones (`ops.PARAMETERS`)
     a + b, a - b, a * b, -a    a - b is a + (-b), as in the paper's primitives; `sub(a, b)` is one node
     a / b, a /{eps=1e-3} b     without eps: 0 if b is provably positive, else 1e-5
     a^2, max(a, b), exp(a)     and the other element-wise operations by name
@@ -23,8 +24,8 @@ from typing import Any, NoReturn
 
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
-from search_spaces.layers.graph import GUARDED, LEAVES, ZERO, LayerGraph, Node, make_node
-from search_spaces.layers.ops import AXES, ELEMENTWISE, MOMENTS, arity
+from search_spaces.layers.graph import CLAMPED, GUARDED, LEAVES, ZERO, LayerGraph, Node, make_node
+from search_spaces.layers.ops import AXES, MOMENTS, OPERATIONS, PARAMETERS, arity
 from search_spaces.layers.patterns import with_guards
 
 SUM, PRODUCT, UNARY, ATOM = range(4)  # how tightly a printed piece holds together
@@ -48,6 +49,8 @@ def format_formula(graph: LayerGraph) -> str:
     guards = {id: node.eps for id, node in with_guards(graph, DIVISION_EPS).live_nodes if node.op == "div"}
 
     def render(id: int, node: Node, inputs: Sequence[Piece]) -> Piece:
+        if not inputs:
+            return Piece(node.op)
         a, b = inputs[0], inputs[-1]
         if node == ONE:
             return Piece("1")
@@ -140,7 +143,7 @@ def parse_formula(text: str, **settings: Any) -> LayerGraph:
 
 
 _TOKEN = re.compile(r"(?P<number>(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*)|\*\*|[-+*/^(){}\[\],;=]")
-_FUNCTIONS = (*ELEMENTWISE, *MOMENTS)
+_FUNCTIONS = (*(name for name, operation in OPERATIONS.items() if operation.arity), *MOMENTS)
 _VALUES = {"x": 0, "v0": 2, "v1": 3}
 
 
@@ -216,7 +219,7 @@ class _Reader:
             is_definition = self.here.kind == "name" and self.tokens[self.at + 1].text == "="
             name = self.next() if is_definition else None
             if name is not None:
-                if name.text in self.names or name.text in _FUNCTIONS:
+                if name.text in self.names or name.text in (*_FUNCTIONS, *PARAMETERS):
                     self.fail("a new name", name)
                 self.next()
             value = self.sum()
@@ -270,16 +273,18 @@ class _Reader:
             return self.add(ONE) if float(token.text) else ZERO
         if token.text in _FUNCTIONS:
             return self.call(token)
+        if token.text in PARAMETERS:
+            return self.add(make_node(token.text, ()))
         if token.kind == "name":
             if token.text not in self.names:
-                known = [*self.names, *_FUNCTIONS]
+                known = [*self.names, *PARAMETERS, *_FUNCTIONS]
                 self.fail("a value or a function", token, nearest(token.text, known))
             return self.names[token.text]
         self.fail("a value", token)
 
     def call(self, function: _Token) -> int:
         op, axes = function.text, ""
-        allowed = [*(["eps"] if op in GUARDED else []), *(["clamp"] if op == "exp" else [])]
+        allowed = [*(["eps"] if op in GUARDED else []), *(["clamp"] if op in CLAMPED else [])]
         given: dict[str, float] = {}
         if op in MOMENTS:
             self.expect("[", f" and the axes of {op}, such as {op}[group]")

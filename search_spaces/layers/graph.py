@@ -12,12 +12,14 @@ from typing import Any
 
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
-from search_spaces.layers.ops import AGGREGATE_EPS, AXES, ELEMENTWISE, MOMENTS, arity, split_name
+from search_spaces.layers.ops import AGGREGATE_EPS, AXES, MOMENTS, OPERATIONS, PARAMETERS, arity, split_name
 
 FORMAT = 1
 LEAVES = ("x", "zero", "v0", "v1")  # ids 0 to 3: input, zeros, channel vectors that begin as zeros and ones
 X, ZERO, V0, V1 = range(4)
-GUARDED = ("div", "log", "sqrt", "rsqrt", "rms", "std")  # the operations that have an eps
+# The operations that have an eps, and those that have a clamp.
+GUARDED = ("div", "log", "sqrt", "rsqrt", "rms", "std", "reciprocal", "logabs", "pow")
+CLAMPED = ("exp", "expm1", "sinh", "cosh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,9 @@ class Node:
     """One operation on earlier values.
 
     axes: of an aggregate, one of ops.AXES. eps: of div a guard a / (b + sign0(b) eps) with sign0(0) = 1, of log and
-    sqrt inside the logarithm and the root, of rms and std inside their root. clamp: an upper bound of exp's input.
+    sqrt inside the logarithm and the root, of rms and std inside their root, of reciprocal as of div, of logabs
+    ln(|a| + eps), of pow (|a| + eps)^b; an eps of 0 is the plain function. clamp: an upper bound of the input of exp
+    and expm1, for sinh and cosh of its size. A parameter (`ops.PARAMETERS`) is a node without inputs.
     """
 
     op: str
@@ -107,6 +111,12 @@ class LayerGraph:
                 found.add(id)
         return frozenset(found)
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The live channel vectors beside v0 and v1 (`ops.PARAMETERS`), in their order."""
+        live = {node.op for _, node in self.live_nodes}
+        return tuple(name for name in PARAMETERS if name in live)
+
     def compact(self) -> LayerGraph:
         """The same layer without dead nodes."""
         ids = {id: id for id in range(len(LEAVES))}
@@ -178,7 +188,7 @@ def make_node(name: str, inputs: Iterable[int], eps: float | None = None, clamp:
     """A node by its concrete operation name (`std-group`), with the operation's default guard unless `eps` is given."""
     op, axes = split_name(name)
     if eps is None:
-        eps = ELEMENTWISE[op].eps if op in ELEMENTWISE else AGGREGATE_EPS if op in ("rms", "std") else 0.0
+        eps = OPERATIONS[op].eps if op in OPERATIONS else AGGREGATE_EPS if op in ("rms", "std") else 0.0
     return Node(op, tuple(inputs), axes, eps, clamp)
 
 
@@ -186,7 +196,7 @@ def _check_node(id: int, node: Node) -> None:
     if node.axes:
         if node.op not in MOMENTS or node.axes not in AXES:
             split_name(node.name)
-    elif node.op not in ELEMENTWISE:
+    elif node.op not in OPERATIONS:
         split_name(node.op)
         raise UserError(node.op, "the axes of a node apart from its operation")
     if len(node.inputs) != arity(node.op):
@@ -198,8 +208,8 @@ def _check_node(id: int, node: Node) -> None:
         raise UserError(node.eps, f"an eps of at least 0 at node {id}")
     if node.eps and node.op not in GUARDED:
         raise UserError(node.eps, f"no eps at node {id}: {node.op} has no guard ({one_of(GUARDED)} have)")
-    if node.clamp is not None and not (_is_number(node.clamp) and node.op == "exp"):
-        raise UserError(node.clamp, f"at node {id} no clamp, or a finite one of exp")
+    if node.clamp is not None and not (_is_number(node.clamp) and node.op in CLAMPED):
+        raise UserError(node.clamp, f"at node {id} no clamp, or a finite one of {', '.join(CLAMPED)}")
 
 
 def _is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from search_spaces.layers.duals import Probe, evaluate_dual
 from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.ops import PARAMETERS
 from search_spaces.layers.patterns import patterns
 from search_spaces.layers.simplify import simplify
 
@@ -24,7 +25,7 @@ _FLOOR = 1e-4  # below this size, digits count from here: rounding errors near z
 
 
 def fingerprint(graph: LayerGraph, *, refit: bool = False) -> str:
-    """32 hexadecimal digits, equal for graphs that compute the same function of x, v0 and v1.
+    """32 hexadecimal digits, equal for graphs that compute the same function of x, v0, v1 and further parameters.
 
     Evaluated in fp64 on four batches of different size, scale and offset and two draws of v0 and v1, each of both
     signs, together with the derivative along a random direction of x, v0 and v1, to five significant digits. Groups
@@ -72,14 +73,16 @@ def _probes(groups: int) -> tuple[tuple[Probe, ...], ...]:
     `max(v1, sigmoid(v0))` and the like show both sides.
     """
     rng = np.random.default_rng(2004_02967)
+    more = np.random.default_rng(2006_03179)  # of its own, so that the other numbers are what they were
     sets = []
     for sign, batches in zip((1.0, -1.0), _BATCHES, strict=True):
         v0, v1 = sign * _both_sides(rng), -sign * _both_sides(rng)
         dv0, dv1 = rng.standard_normal((2, CHANNELS))
+        vectors = {name: (sign * _both_sides(more), more.standard_normal(CHANNELS)) for name in PARAMETERS}
         probes = []
         for batch, space, scale, offset in batches:
             x, dx = rng.standard_normal((2, batch, CHANNELS, space))
-            probes.append(Probe(x * scale + offset, v0, v1, groups, dx * scale, dv0, dv1))
+            probes.append(Probe(x * scale + offset, v0, v1, groups, dx * scale, dv0, dv1, vectors))
         sets.append(tuple(probes))
     return tuple(sets)
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from search_spaces.layers.formula import ATOM, ONE, PRODUCT, SUM, UNARY, Piece, merge_equal, print_graph
 from search_spaces.layers.graph import LayerGraph, Node
 from search_spaces.layers.patterns import UNKNOWN, signs
+from search_spaces.layers.pointwise import UNARY as POINTWISE
 
 _INDICES = {
     "batch": "b,w,h",
@@ -41,6 +42,8 @@ def format_latex(graph: LayerGraph) -> str:
     sign = signs(graph)
 
     def render(id: int, node: Node, inputs: Sequence[Piece]) -> Piece:
+        if not inputs:
+            return Piece(rf"\{node.op}")
         a, b = inputs[0], inputs[-1]
         if node == ONE:
             return Piece("1")
@@ -65,6 +68,19 @@ def format_latex(graph: LayerGraph) -> str:
             return Piece(f"{root}{{{a.text}}}", UNARY)
         if node.op == "rsqrt":
             return Piece(rf"\frac{{1}}{{\sqrt{{{magnitude if signed else a.text}}}}}", UNARY)
+        if node.op == "reciprocal":
+            return Piece(rf"\frac{{1}}{{{a.text}}}", UNARY)
+        if node.op == "logabs":
+            return Piece(rf"\ln{magnitude}", UNARY)
+        if node.op == "pow":
+            base = magnitude if node.eps and sign[node.inputs[0]] == UNKNOWN else _within(a, ATOM)
+            return Piece(rf"{{{base}}}^{{{b.text}}}", UNARY)
+        if node.op in POINTWISE:
+            written = POINTWISE[node.op].latex
+            if written == "{a}":
+                return a
+            whole = written if "{a}" in written else written + r"\left({a}\right)"
+            return Piece(whole.format(a=a.text))
         function = _FUNCTIONS.get(node.op, rf"\mathrm{{{node.op}}}")
         index = f"_{{{_INDICES[node.axes]}}}" if node.axes else ""
         return Piece(rf"{function}{index}\left({', '.join(p.text for p in inputs)}\right)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from search_spaces.common.errors import UserError
 from search_spaces.layers.evaluate import LAYOUTS, finish
 from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.ops import PARAMETERS
 from search_spaces.layers.plan import Step, buffer_names, make_plan, parameter_names, widened
 
 RANKS = {"channels-first": (2, 3, 4, 5), "tokens": (3,)}
@@ -29,9 +30,10 @@ class GraphLayer(nn.Module):
     are those of all processes when torch.distributed is initialised.
 
     Parameters of shape [channels], only where the graph uses them: `weight` (ones), `bias` (zeros), `v0` (zeros),
-    `v1` (ones). Buffers, one for each live batch aggregate: `running_mean`, `running_var` (std), `running_square`
-    (rms), `running_abs` (l1); a second of its kind is `running_mean_2`, in the order of the graph. With momentum None
-    also `num_batches_tracked`. State dicts of BatchNorm and of timm's EvoNorm layers load.
+    `v1` (ones), and `alpha`, `beta`, `gamma`, `delta`, `epsilon`, `zeta` (ones). Buffers, one for each live batch
+    aggregate: `running_mean`, `running_var` (std), `running_square` (rms), `running_abs` (l1); a second of its kind is
+    `running_mean_2`, in the order of the graph. With momentum None also `num_batches_tracked`. State dicts of
+    BatchNorm and of timm's EvoNorm layers load.
 
     Statistics of half precision values are taken in float32 and cast back; the output has the input's dtype. An
     unbiased running variance counts the numbers that the aggregate really sees (with one, it stays biased).
@@ -168,7 +170,8 @@ class GraphLayer(nn.Module):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters of `model` for an optimiser: weights with `weight_decay`, vectors without.
 
-    Vectors are a layer's weight, bias, v0 and v1 and all biases; EvoNorm's authors exclude the layer's too.
+    Vectors are a layer's weight, bias, v0, v1 and further parameters, and all biases; EvoNorm's authors exclude the
+    layer's too.
     """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": weight_decay},
@@ -181,4 +184,4 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _initial(name: str, zero_init_gamma: bool) -> float:
-    return float(name == "v1" or (name == "weight" and not zero_init_gamma))
+    return float(name == "v1" or name in PARAMETERS or (name == "weight" and not zero_init_gamma))

@@ -55,6 +55,21 @@ ELEMENTWISE = {
     )
 }
 _PAPER = tuple(ELEMENTWISE)[:12]
+# What searches over activation functions add (`search_spaces.layers.pointwise`). zeros and ones ignore their input.
+POINTWISE = {
+    o.name: o
+    for o in (
+        *(Operation(name, 1) for name in ("zeros", "ones", "identity", "cube", "sin", "cos", "sinh", "cosh", "expm1")),
+        *(Operation(name, 1) for name in ("asinh", "atan", "sinc", "gaussian", "erfc", "logsigmoid", "i0e", "i1e")),
+        *(Operation(name, 1) for name in ("relu", "elu", "selu", "silu", "softsign", "hardsigmoid")),
+        Operation("reciprocal", 1, eps=1e-5),
+        Operation("logabs", 1, eps=1e-5),
+        Operation("pow", 2, eps=1e-5),
+    )
+}
+# Channel vectors beside v0 and v1: nodes without inputs, all begin as ones.
+PARAMETERS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+OPERATIONS = {**ELEMENTWISE, **POINTWISE, **{name: Operation(name, 0) for name in PARAMETERS}}
 AGGREGATE_EPS = 1e-5  # inside the square root of rms and std
 
 
@@ -67,6 +82,14 @@ def _preset(moments: tuple[str, ...], axes: tuple[str, ...], elementwise: tuple[
     return (*elementwise, *(concrete(m, a) for a in axes for m in moments))
 
 
+# The unary and binary operators of Bingham and Miikkulainen, Discovering Parametric Activation Functions, Neural
+# Networks 2022 (arXiv 2006.03179), in the order of the authors' later release.
+PANGAEA_UNARY = (
+    *("zeros", "ones", "identity", "neg", "abs", "reciprocal", "square", "exp", "erf", "erfc", "sinh", "cosh", "tanh"),
+    *("expm1", "sigmoid", "logsigmoid", "asinh", "atan", "i0e", "i1e", "relu", "elu", "selu", "silu", "softplus"),
+    *("softsign", "hardsigmoid"),
+)
+PANGAEA_BINARY = ("add", "sub", "mul", "div", "pow", "max", "min")
 _IMAGE_AXES = ("batch", "layer", "instance", "group")
 PRESETS: dict[str, tuple[str, ...]] = {
     "evonorm24": _preset(MOMENTS[:3], _IMAGE_AXES),
@@ -74,6 +97,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "extended": _preset(MOMENTS, tuple(AXES), tuple(ELEMENTWISE)),
     "tokens": _preset(MOMENTS[:3], ("channel", "channel-group")),
     "activations": _PAPER,
+    "pangaea": PANGAEA_UNARY + PANGAEA_BINARY,
 }
 
 
@@ -87,16 +111,16 @@ def preset(name: str) -> tuple[str, ...]:
 def split_name(name: str) -> tuple[str, str]:
     """`std-group` -> ("std", "group"); an element-wise name has no axes. Errors: UserError."""
     op, dash, axes = name.partition("-")
-    if not dash and op in ELEMENTWISE:
+    if not dash and op in OPERATIONS:
         return op, ""
     if op in MOMENTS and axes in AXES:
         return op, axes
     if not dash and op in MOMENTS:
         raise UserError(name, f"a moment with its axes, such as {op}-group ({one_of(AXES)})")
-    suggestion = nearest(name, PRESETS["extended"])
+    suggestion = nearest(name, (*PRESETS["extended"], *POINTWISE, *PARAMETERS))
     raise UserError(name, f"a primitive ({one_of(ELEMENTWISE, 20)}, or a moment with axes, std-group)", suggestion)
 
 
 def arity(op: str) -> int:
     """How many inputs an operation takes; aggregates take one."""
-    return ELEMENTWISE[op].arity if op in ELEMENTWISE else 1
+    return OPERATIONS[op].arity if op in OPERATIONS else 1

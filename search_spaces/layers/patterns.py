@@ -52,14 +52,16 @@ def patterns(graph: LayerGraph) -> dict[int, Pattern]:
             found[id] = _LEAF[id]
         else:
             node = graph.node(id)
-            joined = found[node.inputs[0]]
-            for source in node.inputs[1:]:
+            joined = Pattern() if node.inputs else _LEAF[V1]  # what has no inputs is a channel vector
+            for source in node.inputs:
                 joined = joined.join(found[source])
             found[id] = joined.reduced(node.axes) if node.aggregate else joined
     return found
 
 
 UNKNOWN, NON_NEGATIVE, POSITIVE = 0, 1, 2
+# Positive where their input is, and zero at zero.
+SIGN_KEEPING = ("identity", "cube", "sinh", "expm1", "asinh", "atan", "elu", "selu", "silu", "softsign", "i1e")
 
 
 def signs(graph: LayerGraph) -> dict[int, int]:
@@ -74,10 +76,12 @@ def signs(graph: LayerGraph) -> dict[int, int]:
 def node_sign(node: Node, inputs: list[int]) -> int:
     """The sign of an operation's value from those of its inputs."""
     op = node.op
-    if op in ("exp", "sigmoid", "softplus", "rsqrt") or (op in ("rms", "std") and node.eps > 0):
+    if op in ("exp", "sigmoid", "softplus", "rsqrt", "ones", "cosh", "i0e") or (op in ("rms", "std") and node.eps > 0):
         return POSITIVE
-    if op in ("abs", "square"):
+    if op in ("abs", "square", "relu"):
         return max(inputs[0], NON_NEGATIVE)
+    if op in ("zeros", "erfc", "hardsigmoid", "gaussian"):
+        return NON_NEGATIVE
     if op in ("l1", "rms", "std"):
         return max(NON_NEGATIVE, inputs[0]) if op != "std" else NON_NEGATIVE
     if op == "add":
@@ -86,7 +90,7 @@ def node_sign(node: Node, inputs: list[int]) -> int:
         return max(inputs)
     if op in ("mul", "min", "div"):
         return min(inputs)
-    if op in ("mean", "sqrt", "tanh", "erf"):
+    if op in ("mean", "sqrt", "tanh", "erf") or op in SIGN_KEEPING:
         return inputs[0]
     return UNKNOWN
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from search_spaces.layers.evaluate import channel_dim, elementwise, finish
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+from search_spaces.layers.ops import PARAMETERS
+from search_spaces.layers.pointwise import UNARY
 
 BUFFERS = {"mean": "running_mean", "std": "running_var", "rms": "running_square", "l1": "running_abs"}
 Moment = Callable[[Tensor], tuple[Tensor, Any]]  # value -> (moment, how many numbers each of its entries comes from)
@@ -20,7 +22,8 @@ Moment = Callable[[Tensor], tuple[Tensor, Any]]  # value -> (moment, how many nu
 
 def parameter_names(graph: LayerGraph) -> list[str]:
     """The parameters that a layer of this graph has, in the order of its state dict."""
-    return ["weight", "bias"] * graph.affine + [LEAVES[id] for id in (V0, V1) if id in graph.live]
+    vectors = [LEAVES[id] for id in (V0, V1) if id in graph.live]
+    return ["weight", "bias"] * graph.affine + vectors + list(graph.parameters)
 
 
 def buffer_names(graph: LayerGraph) -> dict[int, str]:
@@ -73,10 +76,16 @@ def make_plan(graph: LayerGraph, channels: int, rank: int, layout: str, synchron
             slot[id] = len(slot)
             if id != ZERO:
                 vectors.append((slot[id], LEAVES[id]))
+    for id, node in graph.live_nodes:
+        if node.op in PARAMETERS:
+            slot[id] = len(slot)
+            vectors.append((slot[id], node.op))
     slots = len(slot)
     free: list[int] = []
     steps: list[Step] = []
     for id, node in graph.live_nodes:
+        if node.op in PARAMETERS:
+            continue
         sources = tuple(slot[source] for source in node.inputs)
         free += [slot[s] for s in set(node.inputs) if last_use[s] == id and s not in (X, graph.output)]
         if free:
@@ -118,6 +127,8 @@ def _elementwise(node: Node) -> Callable[..., Tensor]:
         return torch.div
     if node.op == "exp" and node.clamp is None:
         return torch.exp
+    if node.op in UNARY and node.clamp is None and not UNARY[node.op].wide:
+        return UNARY[node.op].value
     return lambda *inputs: elementwise(node, inputs)
 
 

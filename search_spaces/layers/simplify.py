@@ -11,12 +11,16 @@ import itertools
 import math
 from dataclasses import replace
 
+import torch
+
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
-from search_spaces.layers.ops import ELEMENTWISE
+from search_spaces.layers.ops import OPERATIONS, POINTWISE
 from search_spaces.layers.patterns import FULL, NON_NEGATIVE, POSITIVE, UNKNOWN, Pattern
 from search_spaces.layers.patterns import node_sign as sign_of
+from search_spaces.layers.pointwise import power, unary
 
 _ONE = Node("exp", (ZERO,))
+EVEN = ("abs", "square", "rsqrt", "cos", "cosh", "sinc", "gaussian", "i0e", "logabs")  # f(-a) = f(a)
 # mean_outer(mean_inner(a)) = mean_outer(a): the outer axes contain the inner ones.
 _WITHIN = {
     "batch": ("batch", "instance"),
@@ -68,7 +72,7 @@ class _Builder:
 
     def value(self, node: Node) -> int:
         """The id of a value equal to `node`."""
-        if len(node.inputs) == 2 and node.inputs[0] > node.inputs[1] and ELEMENTWISE[node.op].commutative:
+        if len(node.inputs) == 2 and node.inputs[0] > node.inputs[1] and OPERATIONS[node.op].commutative:
             node = replace_inputs(node, (node.inputs[1], node.inputs[0]))
         known = self._ids.get(node)
         if known is not None:
@@ -83,7 +87,7 @@ class _Builder:
         return id
 
     def _add(self, node: Node) -> int:
-        if all(i in self._constants for i in node.inputs):
+        if node.inputs and all(i in self._constants for i in node.inputs):
             constant = _constant(node, [self._constants[i] for i in node.inputs])
             if constant is not None:
                 if constant in self._by_constant:
@@ -92,8 +96,8 @@ class _Builder:
                 self._constants[len(LEAVES) + len(self.nodes)] = constant
                 self._by_constant[constant] = len(LEAVES) + len(self.nodes)
         self.nodes.append(node)
-        joined = self._patterns[node.inputs[0]]
-        for i in node.inputs[1:]:
+        joined = Pattern() if node.inputs else self._patterns[V1]
+        for i in node.inputs:
             joined = joined.join(self._patterns[i])
         self._patterns.append(joined.reduced(node.axes) if node.axes else joined)
         self._signs.append(sign_of(node, [self._signs[i] for i in node.inputs]))
@@ -111,18 +115,22 @@ class _Builder:
         """A rewrite of `node`: a value that exists, or another node; None if none applies."""
         if node.axes:
             return self._aggregate(node)
+        if not node.inputs:
+            return None
         return self._unary(node) if len(node.inputs) == 1 else self._binary(node, *node.inputs)
 
     def _unary(self, node: Node) -> Node | int | None:
         a = node.inputs[0]
+        if node.op in ("identity", "zeros", "ones"):
+            return a if node.op == "identity" else ZERO if node.op == "zeros" else _ONE
         if node.op == "neg":
             inner = self._node(a)
             if inner is not None and inner.op == "sub":
                 return Node("sub", (inner.inputs[1], inner.inputs[0]))
             return self._below(a, "neg")
-        if node.op == "abs" and self._signs[a] >= NON_NEGATIVE:
+        if node.op in ("abs", "relu") and self._signs[a] >= NON_NEGATIVE:
             return a
-        if node.op in ("abs", "square", "rsqrt"):
+        if node.op in EVEN:
             even = self._below(a, "neg", "abs")
             return None if even is None else replace_inputs(node, (even,))
         return None
@@ -143,6 +151,8 @@ class _Builder:
                 return Node("square", (a,))
             first, second = self._below(a, "neg"), self._below(b, "neg")
             return None if first is None or second is None else Node("mul", (first, second))
+        if op == "pow":
+            return None
         safe = node.eps > 0 or self._signs[b] == POSITIVE
         if a == ZERO and safe:
             return ZERO
@@ -223,6 +233,9 @@ def _constant(node: Node, inputs: list[float]) -> float | None:
 
 def _number(node: Node, a: float, b: float = 0.0) -> float:
     op, eps = node.op, node.eps
+    if op in POINTWISE:
+        inputs = [torch.tensor(value, dtype=torch.float64) for value in (a, b)[: len(node.inputs)]]
+        return (power if op == "pow" else unary)(node, *inputs).item()
     if op == "log":
         return math.copysign(math.log(abs(a) + eps), a) if a else 0.0
     if op == "sqrt":
@@ -264,7 +277,7 @@ def _in_order(graph: LayerGraph, nodes: list[Node], output: int) -> LayerGraph:
             stack += nodes[id - len(LEAVES)].inputs
     height = dict.fromkeys((X, ZERO, V0, V1), 0)
     for id in sorted(live):
-        height[id] = 1 + max(height[i] for i in nodes[id - len(LEAVES)].inputs)
+        height[id] = 1 + max((height[i] for i in nodes[id - len(LEAVES)].inputs), default=0)
     ids = {id: id for id in range(len(LEAVES))}
     ordered: list[Node] = []
     for _, level in itertools.groupby(sorted(live, key=height.__getitem__), key=height.__getitem__):
@@ -272,7 +285,7 @@ def _in_order(graph: LayerGraph, nodes: list[Node], output: int) -> LayerGraph:
         for id in level:
             node = nodes[id - len(LEAVES)]
             inputs = tuple(ids[i] for i in node.inputs)
-            if len(inputs) == 2 and inputs[0] > inputs[1] and ELEMENTWISE[node.op].commutative:
+            if len(inputs) == 2 and inputs[0] > inputs[1] and OPERATIONS[node.op].commutative:
                 inputs = inputs[::-1]
             clamp = math.inf if node.clamp is None else node.clamp
             ready.append(((node.op, node.axes, inputs, node.eps, clamp), id, replace_inputs(node, inputs)))

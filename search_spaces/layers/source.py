@@ -14,13 +14,28 @@ from search_spaces.layers.evaluate import LAYOUTS, evaluate
 from search_spaces.layers.formula import format_formula
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
 from search_spaces.layers.module import buffer_names, parameter_names
+from search_spaces.layers.ops import PARAMETERS
 from search_spaces.layers.patterns import NONE, patterns
+from search_spaces.layers.pointwise import UNARY as POINTWISE
 from search_spaces.layers.source_parts import DIMS, HELPERS, OVER_GROUP
 
 ATOM, UNARY, PRODUCT, SUM = 4, 3, 2, 1  # how tightly an expression binds
 LONGEST, LARGEST = 72, 6  # an expression beyond so many characters or operations gets a name of its own
 MOMENT = {"mean": "mean", "std": "variance", "rms": "mean_square", "l1": "mean_absolute"}
-WIDENS = ("exp", "log", "rsqrt", "softplus")  # operations that autocast may lift to float32
+WIDENS = (
+    "exp",
+    "log",
+    "rsqrt",
+    "softplus",
+    "expm1",
+    "sinh",
+    "cosh",
+    "pow",
+    "cube",
+    "reciprocal",
+    "logabs",
+    "gaussian",
+)  # operations that autocast may lift to float32
 WORDS = {
     "add": "total",
     "sub": "difference",
@@ -150,7 +165,8 @@ class _Draft:
 
     def name(self, id: int) -> None:
         """Give the value a line and a name of its own."""
-        name = self.fresh(WORDS[self.graph.node(id).op])
+        op = self.graph.node(id).op
+        name = self.fresh(WORDS.get(op, f"{op}_value"))
         self.items.append(f"{name} = {self.text[id]}")
         self.put(id, name)
 
@@ -186,7 +202,9 @@ def _draft(graph: LayerGraph, layout: str, buffers: dict[int, str]) -> _Draft:
     if ZERO in graph.live:
         _put_constant(draft, ZERO)
     for id, node in graph.live_nodes:
-        if all(source in draft.constants for source in node.inputs):
+        if not node.inputs:
+            draft.put(id, node.op)
+        elif all(source in draft.constants for source in node.inputs):
             _put_constant(draft, id)
         elif node.aggregate:
             spread = shapes[node.inputs[0]].channel
@@ -243,10 +261,43 @@ def _put_elementwise(draft: _Draft, id: int, node: Node) -> None:
         draft.put(id, f"{draft.operand(first, ATOM)}.{op}()", ATOM, size)
     elif op == "exp" and node.clamp is not None:
         draft.put(id, f"torch.exp({draft.operand(first, ATOM)}.clamp(max={node.clamp!r}))", ATOM, size)
+    elif op == "reciprocal":
+        draft.helpers |= {"guarded"} if node.eps else set()
+        text = f"guarded({draft.text[first]}, {node.eps!r})" if node.eps else draft.operand(first, ATOM)
+        draft.put(id, f"1 / {text}", PRODUCT, size)
+    elif op == "logabs":
+        draft.put(id, f"({draft.operand(first, ATOM)}.abs() + {node.eps!r}).log()", ATOM, size)
+    elif op == "pow":
+        base = f"{draft.tensor(first)}" if not node.eps else f"({draft.tensor(first)}).abs() + {node.eps!r}"
+        draft.put(id, f"torch.pow({base}, {draft.tensor(inputs[1])})", ATOM, size)
+    elif op in POINTWISE:
+        _put_pointwise(draft, id, node, size)
     elif op == "softplus":
         draft.put(id, f"nn.functional.softplus({draft.text[first]})", ATOM, size)
     else:
         draft.put(id, f"torch.{op}({draft.text[first]})", ATOM, size)
+
+
+def _put_pointwise(draft: _Draft, id: int, node: Node, size: int) -> None:
+    """A function of `pointwise.UNARY`, its input clamped and lifted as there."""
+    first, function = node.inputs[0], POINTWISE[node.op]
+    if node.op == "identity":
+        draft.put(id, draft.text[first], draft.binding[first], draft.size[first])
+        return
+    inside = draft.operand(first, UNARY if node.op in ("hardsigmoid", "sinc") else SUM)
+    if node.clamp is not None:
+        bounds = f"max={node.clamp!r}"
+        if node.op in ("sinh", "cosh"):
+            bounds = f"-{abs(node.clamp)!r}, {abs(node.clamp)!r}"
+        inside = f"{draft.operand(first, ATOM)}.clamp({bounds})"
+    if node.op == "gaussian":
+        draft.helpers.add("gaussian")
+    if function.wide:
+        draft.helpers.add("wide")
+        text = function.source.format(a=f"wide({inside})") + ".to(x.dtype)"
+    else:
+        text = function.source.format(a=inside)
+    draft.put(id, text, ATOM, size)
 
 
 def _put_aggregate(draft: _Draft, id: int, node: Node, spread: int, buffer: str | None) -> None:
@@ -363,7 +414,9 @@ def _constructor(graph: LayerGraph, channels: int | None, draft: _Draft, zero_in
     if buffers and graph.momentum is not None:
         lines.append("        self.momentum = momentum")
     for name in parameter_names(graph):
-        initial = "ones" if name == "v1" or (name == "weight" and not zero_init_gamma) else "zeros"
+        initial = (
+            "ones" if name == "v1" or name in PARAMETERS or (name == "weight" and not zero_init_gamma) else "zeros"
+        )
         lines.append(f"        self.{name} = nn.Parameter(torch.{initial}(channels))")
     for name in buffers.values():
         lines.append(f'        self.register_buffer("{name}", torch.{_begin(name)}(channels))')

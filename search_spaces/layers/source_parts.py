@@ -47,6 +47,11 @@ def signed_sqrt(x: Tensor, eps: float) -> Tensor:
     """sign(x) sqrt(|x| + eps)."""
     return x.sign() * (x.abs() + eps).sqrt()
 ''',
+    "gaussian": '''
+def gaussian(x: Tensor) -> Tensor:
+    """exp(-x^2)."""
+    return (-x * x).exp()
+''',
     "guarded": '''
 def guarded(x: Tensor, eps: float) -> Tensor:
     """A divisor, moved away from zero by eps."""

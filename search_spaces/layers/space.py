@@ -21,13 +21,17 @@ from search_spaces.layers.formula import format_formula
 from search_spaces.layers.graph import LEAVES, LayerGraph, Node, X, make_node
 from search_spaces.layers.identity import fingerprint
 from search_spaces.layers.mutations import FIRST, MUTATIONS, graft
-from search_spaces.layers.ops import arity, preset, split_name
+from search_spaces.layers.ops import PARAMETERS, arity, preset, split_name
 from search_spaces.layers.patterns import with_guards
 from search_spaces.layers.simplify import replace_inputs, simplify
 from search_spaces.space import SearchSpace
 
 SAMPLINGS = ("flat", "nested", "normalizing")
-ROLES = {"div": "divisor", "sub": "subtrahend"}  # which of two inputs, in an OpGraph that has no order of inputs
+ROLES = {
+    "div": "divisor",
+    "sub": "subtrahend",
+    "pow": "exponent",
+}  # which of two inputs, in an OpGraph that has no order of inputs
 _TRIES = 100
 _BLOCK = 512  # random graphs that are tried together
 
@@ -79,6 +83,8 @@ class LayerSpace(SearchSpace[LayerGraph]):
             raise UserError(str(self.ops), "at least one operation, none twice")
         if nodes < 1:
             raise UserError(nodes, "at least one node")
+        if parameters := [name for name in self.ops if name in PARAMETERS]:
+            raise UserError(parameters[0], "operations with inputs (v0 and v1 are this space's parameters)", "v1")
         if not self.mutations:
             raise UserError("mutations", f"at least one mutation ({one_of(MUTATIONS)})")
         if not 0 <= immigrants <= 1:
@@ -263,29 +269,7 @@ class LayerSpace(SearchSpace[LayerGraph]):
 
         The second input of `div` and `sub` passes a node `divisor` or `subtrahend`, as edges have no order.
         """
-        arch = arch.compact()
-        ops, place, edges = ["input"], {X: 0}, []
-        for id in arch.live:
-            if id == X:
-                continue
-            if id < FIRST:
-                place[id] = len(ops)
-                ops.append(LEAVES[id])
-                continue
-            node = arch.node(id)
-            sources = [place[i] for i in node.inputs]
-            if node.op in ROLES:
-                edges.append((sources[1], len(ops)))
-                sources[1] = len(ops)
-                ops.append(ROLES[node.op])
-            edges += [(source, len(ops)) for source in sources]
-            place[id] = len(ops)
-            ops.append(node.name)
-        edges.append((place[arch.output], len(ops)))
-        ops.append("output")
-        adjacency = np.zeros((len(ops), len(ops)), bool)
-        adjacency[tuple(zip(*edges, strict=True))] = True
-        return OpGraph(tuple(ops), adjacency)
+        return op_graph(arch)
 
     def __reduce__(self):
         return functools.partial(type(self), **self.settings), ()
@@ -296,3 +280,30 @@ class LayerSpace(SearchSpace[LayerGraph]):
 
 def _guarded(graph: LayerGraph) -> LayerGraph:
     return with_guards(graph) if any(node.op == "div" for node in graph.nodes) else graph
+
+
+def op_graph(arch: LayerGraph) -> OpGraph:
+    """The live graph as an OpGraph, see `LayerSpace.graph`."""
+    arch = arch.compact()
+    ops, place, edges = ["input"], {X: 0}, []
+    for id in arch.live:
+        if id == X:
+            continue
+        if id < FIRST:
+            place[id] = len(ops)
+            ops.append(LEAVES[id])
+            continue
+        node = arch.node(id)
+        sources = [place[i] for i in node.inputs]
+        if node.op in ROLES:
+            edges.append((sources[1], len(ops)))
+            sources[1] = len(ops)
+            ops.append(ROLES[node.op])
+        edges += [(source, len(ops)) for source in sources]
+        place[id] = len(ops)
+        ops.append(node.name)
+    edges.append((place[arch.output], len(ops)))
+    ops.append("output")
+    adjacency = np.zeros((len(ops), len(ops)), bool)
+    adjacency[tuple(zip(*edges, strict=True))] = True
+    return OpGraph(tuple(ops), adjacency)
