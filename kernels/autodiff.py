@@ -71,8 +71,8 @@ def _reverse(builder: Builder, ids: list[int], output: int, wanted: set[int]) ->
             continue
         space = builder.spaces[id]
         total: int | None = None
-        for over, part in parts.items():
-            reduced = builder.sum(part, over & ~space)
+        for over, contribution in parts.items():
+            reduced = builder.sum(contribution, over & ~space)
             total = reduced if total is None else builder("add", total, reduced)
         assert total is not None
         gradients[id] = total
@@ -83,8 +83,9 @@ def _reverse(builder: Builder, ids: list[int], output: int, wanted: set[int]) ->
         over = builder.spaces[node.args[0]] if node.op in REDUCTIONS else space
         for source, part in zip(node.args, _pullback(builder, id, total), strict=True):
             if part is not None and source in between:
-                found = contributions.setdefault(source, {})
-                found[over] = builder("add", found[over], part) if over in found else part
+                parts_of_source = contributions.setdefault(source, {})
+                known = parts_of_source.get(over)
+                parts_of_source[over] = part if known is None else builder("add", known, part)
     return gradients
 
 

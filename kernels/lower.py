@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.program import FULL, Builder, C, G, K, N, Program, S, Unsupported
+from kernels.program import FULL, Builder, C, K, N, Program, S, Unsupported
 from search_spaces.common.errors import UserError
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
 

@@ -287,17 +287,56 @@ class Builder:
             return self("mul", self.sum(value, axes & ~absent), self.numel(absent))
         if not axes:
             return value
+        lacking = self._lacking(value, axes, {})
+        if not lacking:
+            node = self.nodes[value]
+            return (
+                self("neg", self.sum(node.args[0], axes))
+                if node.op == "neg"
+                else self._add(Node("sum", (value,), axes))
+            )
+        common = functools.reduce(int.__and__, lacking)
+        over = common or max(lacking, key=lambda axes: (axes & S, axes))
+        inside, outside = self._split(value, over, {})
+        assert inside is not None
+        total = self.sum(inside, over)
+        return self.sum(total if outside is None else self("mul", outside, total), axes & ~over)
+
+    def _lacking(self, value: int, axes: int, known: dict[int, set[int]]) -> set[int]:
+        """Of each factor of a value that lacks some of `axes`, which."""
+        if value not in known:
+            node = self.nodes[value]
+            lacks = axes & ~self.spaces[value] if self._number(value) != 1 else 0  # the 1 of 1 / a stays
+            if lacks == axes or node.op not in ("mul", "div", "neg"):
+                known[value] = {lacks} if lacks else set()
+            else:
+                known[value] = set().union(*(self._lacking(a, axes, known) for a in node.args))
+        return known[value]
+
+    def _split(self, value: int, over: int, known: dict[int, tuple]) -> tuple[int | None, int | None]:
+        """A value as a product: (the factors that vary over some of `over`, the others); None for none of them."""
+        if value in known:
+            return known[value]
         node = self.nodes[value]
-        if node.op == "neg":
-            return self("neg", self.sum(node.args[0], axes))
-        if node.op in ("mul", "div"):
-            for factor, rest in (node.args, node.args[::-1])[node.op == "div" :]:
-                outside = axes & ~self.spaces[factor]
-                if outside:  # all of it, or (the sum over N of a factor times the sum over S) a part
-                    inner = self.sum(rest, outside)
-                    pair = (inner, factor) if node.op == "div" else (factor, inner)
-                    return self.sum(self(node.op, *pair), axes & ~outside)
-        return self._add(Node("sum", (value,), axes))
+        pair: tuple[int | None, int | None] = (value, None)
+        if not self.spaces[value] & over:
+            pair = (None, value)
+        elif node.op == "neg":
+            inside, outside = self._split(node.args[0], over, known)
+            pair = (inside, self.const(-1.0) if outside is None else self("neg", outside))
+        elif node.op in ("mul", "div"):
+            parts = zip(*(self._split(a, over, known) for a in node.args), strict=True)
+            inside, outside = (self._combined(node.op, *part) for part in parts)
+            pair = (value if outside is None else inside, outside)  # unsplit values stay as they are
+        known[value] = pair
+        return pair
+
+    def _combined(self, op: str, a: int | None, b: int | None) -> int | None:
+        if b is None:
+            return a
+        if a is None:
+            return b if op == "mul" else self("div", 1.0, b)
+        return self(op, a, b)
 
     def mean(self, value: int, axes: int) -> int:
         """The mean over `axes`; those that the value lacks do not matter."""
@@ -356,6 +395,11 @@ class Builder:
         first = self.nodes[ids[0]]
         if op == "neg":
             return first.args[0] if first.op == "neg" else None
+        if op in ("mul", "div"):  # signs move outwards, where sums swallow them
+            bare = [self.nodes[id].args[0] if self.nodes[id].op == "neg" else id for id in ids]
+            if bare != ids:
+                value = self(op, *bare)
+                return value if bare[0] != ids[0] and bare[1] != ids[1] else self("neg", value)
         if op == "where":
             return ids[1 if numbers[0] else 2] if numbers[0] is not None else ids[1] if ids[1] == ids[2] else None
         if op == "add":
