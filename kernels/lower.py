@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kernels.program import FULL, Builder, C, K, N, Program, S, Unsupported
 from search_spaces.common.errors import UserError
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
+from search_spaces.layers.ops import PARAMETERS
 
 LAYOUTS = ("channels-first", "tokens")
 AXES = {"batch": N | S, "layer": C | S, "instance": S, "group": K | S, "channel": C, "channel-group": K}
@@ -75,6 +76,9 @@ def lower(
             values[id] = _leaf(builder, id)
             continue
         node = graph.node(id)
+        if node.op in PARAMETERS:
+            values[id] = builder.input(node.op, C)
+            continue
         inputs = [values[i] for i in node.inputs]
         if not node.aggregate:
             values[id] = elementwise(builder, node, inputs)
@@ -93,6 +97,7 @@ def lower(
         out = builder("add", builder("mul", out, builder.input("weight", C)), builder.input("bias", C))
     program = builder.program({"y": builder.expand(out, FULL), **moments})
     parameters = ["weight", "bias"] * graph.affine + [LEAVES[id] for id in (V0, V1) if id in graph.live]
+    parameters += graph.parameters
     return Lowered(program, tuple(parameters), tuple(Statistic(id, name) for id, name in names.items()), flat)
 
 
@@ -126,36 +131,94 @@ def elementwise(builder: Builder, node: Node, inputs: list[int]) -> int:
     """An element-wise node of a graph with its guard or clamp. Errors: Unsupported, naming the operation."""
     if node.op in _DIRECT:
         return builder(node.op, *inputs)
-    if node.op not in _GUARDED:
+    if node.op not in _COMPOSED:
         raise Unsupported(node.op, "an operation that programs can express; the layer still runs by `evaluate`")
-    return _GUARDED[node.op](builder, node, inputs)
+    return _COMPOSED[node.op](builder, node, inputs)
 
 
-def _div(builder: Builder, node: Node, inputs: list[int]) -> int:
-    below = builder("guard", inputs[1], builder.scalar(node.eps)) if node.eps else inputs[1]
-    return builder("div", inputs[0], below)
+Rule = Callable[[Builder, Node, list[int]], int]
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017, arXiv 1706.02515
 
 
-def _exp(builder: Builder, node: Node, inputs: list[int]) -> int:
-    clamped = inputs[0] if node.clamp is None else builder("clamp_max", inputs[0], builder.scalar(node.clamp))
-    return builder("exp", clamped)
+def _guarded(b: Builder, value: int, eps: float) -> int:
+    return b("guard", value, b.scalar(eps)) if eps else value
 
 
-def _of_size(builder: Builder, node: Node, inputs: list[int]) -> int:
+def _of_size(b: Builder, node: Node, inputs: list[int]) -> int:
     """log, sqrt and rsqrt act on |a| + eps; the first two then take the sign of a."""
-    size = builder(node.op, _plus_eps(builder, builder("abs", inputs[0]), node.eps))
-    return size if node.op == "rsqrt" else builder("mul", builder("sign", inputs[0]), size)
+    size = b(node.op, _plus_eps(b, b("abs", inputs[0]), node.eps))
+    return size if node.op == "rsqrt" else b("mul", b("sign", inputs[0]), size)
 
 
-# Graph operations that are one operation of programs, and those that need more. A new one stands in one of these, and
-# in ELEMENTWISE of `program`, DERIVATIVES of `autodiff` and ELEMENTWISE of `reference` if programs lack it.
+def _exp(b: Builder, node: Node, a: int) -> int:
+    return b("exp", a if node.clamp is None else b("clamp_max", a, b.scalar(node.clamp)))
+
+
+def _of_exponentials(b: Builder, node: Node, inputs: list[int]) -> int:
+    """sinh and cosh, their input between -clamp and clamp."""
+    a = inputs[0]
+    if node.clamp is not None:
+        bound = b.scalar(abs(node.clamp))
+        a = b("neg", b("clamp_max", b("neg", b("clamp_max", a, bound)), bound))
+    return b("mul", 0.5, b("sub" if node.op == "sinh" else "add", b("exp", a), b("exp", b("neg", a))))
+
+
+def _power(b: Builder, node: Node, inputs: list[int]) -> int:
+    if not node.eps:
+        raise Unsupported("pow without eps", "pow with an eps: (|a| + eps) to the power b")
+    return b("exp", b("mul", inputs[1], b("log", _plus_eps(b, b("abs", inputs[0]), node.eps))))
+
+
+def _asinh(b: Builder, a: int) -> int:
+    root = b("sqrt", b("add", b("square", a), 1.0))
+    above, below = (b("log", b("add", root, side)) for side in (a, b("neg", a)))  # no cancellation on either side
+    return b("where", b("lt", a, 0.0), b("neg", below), above)
+
+
+def _log_sigmoid(b: Builder, a: int) -> int:
+    return b("sub", b("min", a, 0.0), b("log", b("add", 1.0, b("exp", b("neg", b("abs", a))))))
+
+
+def _linear_unit(b: Builder, a: int, alpha: float, scale: float = 1.0) -> int:
+    """scale a above 0, scale alpha (e^a - 1) elsewhere."""
+    below = b("mul", scale * alpha, b("sub", b("exp", b("clamp_max", a, 0.0)), 1.0))
+    return b("where", b("le", a, 0.0), below, b("mul", scale, a))
+
+
+def _hard_sigmoid(b: Builder, a: int) -> int:
+    below_one = b("clamp_max", b("add", b("mul", 0.2, a), 0.5), 1.0)
+    return b("neg", b("clamp_max", b("neg", below_one), 0.0))
+
+
+# Graph operations that are one operation of programs, and those that are several. A new one joins one of these tables;
+# if programs lack it, also ELEMENTWISE of `program`, DERIVATIVES of `autodiff` and ELEMENTWISE of `reference`.
 _DIRECT = frozenset(
     ("add", "sub", "mul", "max", "min", "neg", "sigmoid", "tanh", "abs", "square", "erf", "softplus"),
 )
-_GUARDED: dict[str, Callable[[Builder, Node, list[int]], int]] = {
-    "div": _div,
-    "exp": _exp,
+_COMPOSED: dict[str, Rule] = {
+    "div": lambda b, node, args: b("div", args[0], _guarded(b, args[1], node.eps)),
+    "exp": lambda b, node, args: _exp(b, node, args[0]),
     "log": _of_size,
     "sqrt": _of_size,
     "rsqrt": _of_size,
+    "zeros": lambda b, node, args: b.const(0.0),
+    "ones": lambda b, node, args: b.const(1.0),
+    "identity": lambda b, node, args: args[0],
+    "cube": lambda b, node, args: b("mul", args[0], b("square", args[0])),
+    "sinh": _of_exponentials,
+    "cosh": _of_exponentials,
+    "expm1": lambda b, node, args: b("sub", _exp(b, node, args[0]), 1.0),
+    "asinh": lambda b, node, args: _asinh(b, args[0]),
+    "gaussian": lambda b, node, args: b("exp", b("neg", b("square", args[0]))),
+    "erfc": lambda b, node, args: b("sub", 1.0, b("erf", args[0])),
+    "logsigmoid": lambda b, node, args: _log_sigmoid(b, args[0]),
+    "relu": lambda b, node, args: b("where", b("le", args[0], 0.0), 0.0, args[0]),  # slope 0 at 0, unlike max
+    "elu": lambda b, node, args: _linear_unit(b, args[0], 1.0),
+    "selu": lambda b, node, args: _linear_unit(b, args[0], _SELU_ALPHA, _SELU_SCALE),
+    "silu": lambda b, node, args: b("mul", args[0], b("sigmoid", args[0])),
+    "softsign": lambda b, node, args: b("div", args[0], b("add", b("abs", args[0]), 1.0)),
+    "hardsigmoid": lambda b, node, args: _hard_sigmoid(b, args[0]),
+    "reciprocal": lambda b, node, args: b("div", 1.0, _guarded(b, args[0], node.eps)),
+    "logabs": lambda b, node, args: b("log", _plus_eps(b, b("abs", args[0]), node.eps)),
+    "pow": _power,
 }
