@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from search_spaces.common.errors import UserError
 from search_spaces.primitives.activations import per_channel, plain
 from search_spaces.primitives.primitive import Primitive
 
@@ -36,14 +37,14 @@ class PReLU(nn.Module):
     def __init__(self, channels: int, channel_dim: int = 1):
         super().__init__()
         self.weight = nn.Parameter(torch.full((channels,), 0.25))
-        self.channel_dim = channel_dim
+        self.channels, self.channel_dim = channels, channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         return torch.where(z > 0, z, along(self.weight, x, self.channel_dim) * z).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{len(self.weight)}, channel_dim={self.channel_dim}"
+        return f"{self.channels}, channel_dim={self.channel_dim}"
 
 
 class Swish(nn.Module):
@@ -52,14 +53,14 @@ class Swish(nn.Module):
     def __init__(self, channels: int, channel_dim: int = 1):
         super().__init__()
         self.beta = nn.Parameter(torch.ones(channels))
-        self.channel_dim = channel_dim
+        self.channels, self.channel_dim = channels, channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
         z = wide(x)
         return (z * torch.sigmoid(along(self.beta, x, self.channel_dim) * z)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{len(self.beta)}, channel_dim={self.channel_dim}"
+        return f"{self.channels}, channel_dim={self.channel_dim}"
 
 
 def star_relu(x: Tensor, scale: Tensor | float = STAR_SCALE, bias: Tensor | float = STAR_BIAS) -> Tensor:
@@ -74,13 +75,17 @@ class StarReLU(nn.Module):
     at scale 1 and bias 0. Beyond half precision's range of squares the result is infinite: above 255 in float16.
     """
 
-    def __init__(self, scale: float = STAR_SCALE, bias: float = STAR_BIAS):
+    def __init__(self, initial_scale: float = STAR_SCALE, initial_bias: float = STAR_BIAS):
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor(scale))
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.initial_scale, self.initial_bias = initial_scale, initial_bias
+        self.scale = nn.Parameter(torch.tensor(initial_scale))
+        self.bias = nn.Parameter(torch.tensor(initial_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return star_relu(wide(x), self.scale, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"initial_scale={self.initial_scale:.4g}, initial_bias={self.initial_bias:.4g}"
 
 
 def crrelu(x: Tensor, epsilon: Tensor | float = 0.01) -> Tensor:
@@ -91,12 +96,16 @@ def crrelu(x: Tensor, epsilon: Tensor | float = 0.01) -> Tensor:
 class CRReLU(nn.Module):
     """max(x, 0) + epsilon * x * exp(-x^2 / 2); epsilon, a trained scalar, starts at .01."""
 
-    def __init__(self, epsilon: float = 0.01):
+    def __init__(self, initial_epsilon: float = 0.01):
         super().__init__()
-        self.epsilon = nn.Parameter(torch.tensor(epsilon))
+        self.initial_epsilon = initial_epsilon
+        self.epsilon = nn.Parameter(torch.tensor(initial_epsilon))
 
     def forward(self, x: Tensor) -> Tensor:
         return crrelu(wide(x), self.epsilon).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"initial_epsilon={self.initial_epsilon}"
 
 
 def xielu(
@@ -120,21 +129,30 @@ def xielu(
 class XIELU(nn.Module):
     """xIELU with two trained scalars p and n: alpha_p = softplus(p), alpha_n = beta + softplus(n).
 
-    Both alphas start at .8 and stay positive; beta .5 and eps are fixed.
+    Both alphas start at .8, alpha_n stays above beta, which is .5 and fixed like eps.
+    Errors: UserError for initial values outside of these bounds.
     """
 
-    def __init__(self, alpha_p: float = 0.8, alpha_n: float = 0.8, beta: float = 0.5, eps: float = -1e-6):
+    def __init__(
+        self,
+        initial_alpha_p: float = 0.8,
+        initial_alpha_n: float = 0.8,
+        beta: float = 0.5,
+        eps: float = -1e-6,
+    ):
         super().__init__()
-        self.beta, self.eps = beta, eps
-        self.alpha_p = nn.Parameter(torch.tensor(math.log(math.expm1(alpha_p))))  # before softplus
-        self.alpha_n = nn.Parameter(torch.tensor(math.log(math.expm1(alpha_n - beta))))
+        if initial_alpha_p <= 0 or initial_alpha_n <= beta:
+            raise UserError((initial_alpha_p, initial_alpha_n), f"alpha_p above 0 and alpha_n above beta = {beta}")
+        self.initial_alpha_p, self.initial_alpha_n, self.beta, self.eps = initial_alpha_p, initial_alpha_n, beta, eps
+        self.alpha_p = nn.Parameter(torch.tensor(math.log(math.expm1(initial_alpha_p))))  # before softplus
+        self.alpha_n = nn.Parameter(torch.tensor(math.log(math.expm1(initial_alpha_n - beta))))
 
     def forward(self, x: Tensor) -> Tensor:
         alpha_p, alpha_n = F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
         return xielu(wide(x), alpha_p, alpha_n, self.beta, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, eps={self.eps}"
+        return f"alphas={self.initial_alpha_p}, {self.initial_alpha_n} at first, beta={self.beta}, eps={self.eps}"
 
 
 def poly_relu(x: Tensor, weight: Tensor | tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3), bias: Tensor | float = 0.0):

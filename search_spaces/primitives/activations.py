@@ -66,7 +66,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the sigmoid approximation of GELU (Hendrycks and Gimpel, 2016, section 2)."""
+    """x * sigmoid(1.702 x), the sigmoid approximation of GELU (Hendrycks and Gimpel, 2016)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return quick_gelu(x)
@@ -144,7 +144,7 @@ def _own(name: str, formula: str, source: str, kind: type[nn.Module], function: 
 
 _SELU = "l (x if x > 0 else a (exp(x) - 1)), l = 1.0507009873554805, a = 1.6732632423543772"
 _SELU_SOURCE = "Klambauer et al., Self-Normalizing Neural Networks, 2017, arXiv 1706.02515; for `lecun_normal_` weights"
-_GELU = "Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, arXiv 1606.08415, section 2"
+_GELU = "Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, arXiv 1606.08415"
 _HARD = "Howard et al., Searching for MobileNetV3, 2019, arXiv 1905.02244"
 _AS_TORCH = "as in torch.nn."
 

@@ -159,7 +159,7 @@ def gated_width(channels: int, multiple_of: int = 1) -> int:
 
     A plain block has 2 * C * 4 C = 8 C^2 weights, a gated one 3 * C * H, so H = ceil(8 C / 3 / multiple_of) *
     multiple_of with 8 C / 3 rounded down first: with multiple_of 1 never more weights than 8 C^2 and less than 3 C
-    fewer. Biases are not counted. Source: Shazeer, GLU Variants Improve Transformer, 2020, section 3 (two thirds).
+    fewer. Biases are not counted. Source: Shazeer, GLU Variants Improve Transformer, 2020 (two thirds of the units).
     """
     if multiple_of < 1:
         raise UserError(multiple_of, "a positive multiple", "1")
@@ -171,7 +171,7 @@ class GatedFeedForward(nn.Module):
 
     hidden: H, by default `gated_width(channels, multiple_of)`. gate: a name of GATES. bias: of both linear layers,
     off as in the paper. Errors: UserError for an unknown gate or a width that is not positive.
-    Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202, equation 6.
+    Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202.
     """
 
     def __init__(
@@ -203,13 +203,13 @@ def make_gate(kind: type[nn.Module], channels: int, *, layout: str = "channels-f
 
 
 _POWLU = "Jiang et al., PowLU, 2026, arXiv 2605.25704; formula as in two independent public ports"
-_SHAZEER = "Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202, "
+_SHAZEER = "Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202"
 _FORMULAS = {
     "glu": ("a sigmoid(b), the gate b second", "Dauphin et al., 2016, arXiv 1612.08083, as in torch.nn.GLU"),
-    "bilinear": ("a b", _SHAZEER + "equation 5"),
-    "reglu": ("max(a, 0) b", _SHAZEER + "equation 5"),
-    "geglu": ("a Phi(a) b", _SHAZEER + "equation 5"),
-    "swiglu": ("a sigmoid(a) b", _SHAZEER + "equation 5"),
+    "bilinear": ("a b", _SHAZEER),
+    "reglu": ("max(a, 0) b", _SHAZEER),
+    "geglu": ("a Phi(a) b", _SHAZEER),
+    "swiglu": ("a sigmoid(a) b", _SHAZEER),
     "swiglu-clip": (
         "g sigmoid(1.702 g) (v + 1), g = min(a, 7), v = min(max(b, -7), 7)",
         "OpenAI, gpt-oss, 2025, released code; halves in place of alternating channels",

@@ -94,7 +94,7 @@ class EdgeKAN(nn.Module):
         super().__init__()
         if family not in FAMILIES:
             raise UserError(family, f"a family of edges ({one_of(FAMILIES)})", nearest(family, FAMILIES))
-        self.family = family
+        self.inputs, self.outputs, self.family = inputs, outputs, family
         functions = FAMILIES[family][1]
         self.weight = nn.Parameter(torch.randn(outputs, inputs, functions) * (inputs * functions) ** -0.5)
 
@@ -103,7 +103,7 @@ class EdgeKAN(nn.Module):
         return F.linear(FAMILIES[self.family][0](wide).flatten(-2), self.weight.flatten(1)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, family={self.family!r}"
+        return f"{self.inputs}, {self.outputs}, family={self.family!r}"
 
 
 class NodewiseKAN(nn.Module):
@@ -140,7 +140,7 @@ class SplineKAN(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, grid: int = 5, order: int = 3):
         super().__init__()
-        self.grid, self.order = grid, order
+        self.inputs, self.outputs, self.grid, self.order = inputs, outputs, grid, order
         self.base = nn.Parameter(nn.init.xavier_uniform_(torch.empty(outputs, inputs)))
         self.scale = nn.Parameter(torch.ones(outputs, inputs))
         self.coefficients = nn.Parameter(0.1 * torch.randn(outputs, inputs, grid + order))
@@ -152,7 +152,7 @@ class SplineKAN(nn.Module):
         return (F.linear(F.silu(wide), self.base) + F.linear(splines, weight)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.base.shape[1]}, {self.base.shape[0]}, grid={self.grid}, order={self.order}"
+        return f"{self.inputs}, {self.outputs}, grid={self.grid}, order={self.order}"
 
 
 COMBINATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -202,6 +202,7 @@ class AFKAN(nn.Module):
         for name, known in ((combination, COMBINATIONS), (activation, BASE_ACTIVATIONS)):
             if name not in known:
                 raise UserError(name, one_of(known), nearest(name, known))
+        self.inputs, self.outputs, self.grid, self.order = inputs, outputs, grid, order
         self.combination, self.activation = combination, activation
         low = torch.arange(-order, grid) / grid
         self.low, self.high = nn.Parameter(low), nn.Parameter(low + (order + 1) / grid)
@@ -220,7 +221,8 @@ class AFKAN(nn.Module):
         return self.linear(act(self.norm((features * weights).sum(-1)))).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"combination={self.combination!r}, activation={self.activation!r}"
+        sizes = f"{self.inputs}, {self.outputs}, grid={self.grid}, order={self.order}"
+        return f"{sizes}, combination={self.combination!r}, activation={self.activation!r}"
 
 
 def make_square(kind, channels: int, *, layout: str = "tokens") -> nn.Module:

@@ -80,6 +80,7 @@ class SingleParameterKAN(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, function: str = "shifted-softplus", bias: bool = True):
         super().__init__()
+        self.inputs, self.outputs = inputs, outputs
         self.function, self.bias = _check_function(function), bias
         bound = (inputs + bias) ** -0.5  # kaiming_uniform_ with a = sqrt(5)
         self.k = nn.Parameter(torch.empty(outputs, inputs + bias).uniform_(-bound, bound))
@@ -91,7 +92,7 @@ class SingleParameterKAN(nn.Module):
         return SINGLE_FUNCTIONS[self.function](wide.unsqueeze(-2), self.k).sum(-1).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.k.shape[1] - self.bias}, {self.k.shape[0]}, function={self.function!r}, bias={self.bias}"
+        return f"{self.inputs}, {self.outputs}, function={self.function!r}, bias={self.bias}"
 
 
 class SingleParameterActivation(nn.Module):
@@ -102,7 +103,7 @@ class SingleParameterActivation(nn.Module):
 
     def __init__(self, channels: int, function: str = "shifted-softplus", channel_dim: int = 1):
         super().__init__()
-        self.function, self.channel_dim = _check_function(function), channel_dim
+        self.channels, self.function, self.channel_dim = channels, _check_function(function), channel_dim
         self.k = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class SingleParameterActivation(nn.Module):
         return SINGLE_FUNCTIONS[self.function](wide, self.k.view(shape)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{len(self.k)}, function={self.function!r}, channel_dim={self.channel_dim}"
+        return f"{self.channels}, function={self.function!r}, channel_dim={self.channel_dim}"
 
 
 def single_function(x: Tensor, function: str = "shifted-softplus") -> Tensor:

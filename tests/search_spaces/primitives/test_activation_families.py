@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from search_spaces.common.errors import UserError
 from search_spaces.primitives.activation_families import (
     PRIMITIVES,
     XIELU,
@@ -100,7 +101,9 @@ def test_xielu_is_continuous_at_0_up_to_its_guard():
     assert zero == pytest.approx(-0.8e-6, rel=1e-3)  # alpha_n times the guard
     unguarded = XIELU(eps=0.0).double()
     assert unguarded(torch.zeros(1, dtype=torch.float64)).item() == 0
-    assert XIELU(alpha_n=0.6)(torch.tensor(-2.0)).item() == pytest.approx(0.6 * (math.exp(-2) - 1 + 2) - 1, abs=1e-5)
+    assert XIELU(initial_alpha_n=0.6)(torch.tensor(-2.0)).item() == pytest.approx(
+        0.6 * (math.exp(-2) - 1 + 2) - 1, abs=1e-5
+    )
 
 
 def test_poly_relu_takes_the_highest_power_first():
@@ -129,3 +132,9 @@ def test_poly_norm_hardly_sees_the_scale_of_its_input():
     x = torch.randn(5, 8, dtype=torch.float64) * 10
     module = PolyNorm(-1).double()
     torch.testing.assert_close(module(3 * x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_xielu_refuses_alphas_that_softplus_cannot_give():
+    for settings in ({"initial_alpha_p": 0.0}, {"initial_alpha_n": 0.5}):
+        with pytest.raises(UserError, match="alpha"):
+            XIELU(**settings)
