@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import nas
-from nas.cli import bench, compare, doctor, evaluate, layers, lists, runs, search, train
+from nas.cli import bench, compare, doctor, evaluate, export, layers, lists, runs, search, train
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
@@ -27,6 +27,7 @@ app.command("compare")(compare.compare)
 app.command("resume")(search.resume)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("report")(runs.report)
 app.command("plot")(runs.plot)
 app.command("runs")(runs.runs)

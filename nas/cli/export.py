@@ -23,9 +23,9 @@ def export(
     ] = None,
     space: Annotated[str | None, typer.Option(help="A space's name or package.module:object, with --arch.")] = None,
     arch: Annotated[str | None, typer.Option(help="An architecture in the space's notation.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Every normalisation; `nas layers list` names layers.")] = None,
-    act: Annotated[str | None, typer.Option(help="Every activation.")] = None,
-    layer: Annotated[str | None, typer.Option(help="One layer for both: a name, a formula, RUN:best.")] = None,
+    norm: options.Norm = None,
+    act: options.Act = None,
+    layer: options.Layer = None,
     scale: options.Scale = None,
     num_classes: Annotated[int | None, typer.Option(help="Outputs of the network (default: the space's).")] = None,
     in_channels: Annotated[
