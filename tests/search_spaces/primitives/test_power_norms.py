@@ -170,12 +170,15 @@ class SlowUnified:
         return weight * z + bias, back, (grads * z * r).sum(0)
 
 
-@pytest.mark.parametrize(("window", "filtered"), [(4, True), (4, False), (2, True), (1, False)])
+@pytest.mark.parametrize(
+    ("window", "warmup", "filtered"),
+    [(4, 6, True), (4, 6, False), (2, 6, True), (1, 6, False), (4, 2, True), (4, 0, False)],
+)
 @pytest.mark.parametrize("layout", ["tokens", "channels-first"])
-def test_unified_norm_through_warm_up_outliers_and_gradient_compensation(window, filtered, layout):
+def test_unified_norm_through_warm_up_outliers_and_gradient_compensation(window, warmup, filtered, layout):
     rng = np.random.default_rng(1)
-    module = unified_norm(3, layout=layout, window=window, warmup=6, filter_outliers=filtered).double()
-    slow = SlowUnified(3, window, 6, filtered)
+    module = unified_norm(3, layout=layout, window=window, warmup=warmup, filter_outliers=filtered).double()
+    slow = SlowUnified(3, window, warmup, filtered)
     with torch.no_grad():
         module.weight.copy_(torch.tensor(rng.normal(1, 0.3, 3)))
         module.bias.copy_(torch.tensor(rng.normal(0, 0.3, 3)))
