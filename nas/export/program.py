@@ -73,14 +73,19 @@ def _inputs(example: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _dynamic_shapes(example: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
     if on_graphs(example):
-        return {0: torch.export.Dim("nodes")}, {1: torch.export.Dim("edges")}
+        # A graph has a node: GAT asks whether its edges and self-loops are none, which the tracer has to know.
+        return {0: torch.export.Dim("nodes", min=1)}, {1: torch.export.Dim("edges")}
     batch = torch.export.Dim("batch")
     return tuple({0: batch} for _ in example)
 
 
-def _failed(error: Exception, what: str) -> RunError:
-    reasons = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return RunError(f"{what} cannot take this model: {reasons[0] if reasons else type(error).__name__}")
+def _failed(error: BaseException, what: str) -> RunError:
+    """The first line of the innermost cause: what is around it says how exporters work, not what is wrong."""
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reasons = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return RunError(f"{what} cannot take this model: {reasons[0] if reasons else type(cause).__name__}")
 
 
 @contextlib.contextmanager
