@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,19 +22,32 @@ from search_spaces.common.errors import UserError
 ROOT = Path(__file__).parents[3]
 
 
+def _descendants(pid: int) -> list[int]:
+    """A process and all that it began, by /proc."""
+    children = [int(k) for p in Path(f"/proc/{pid}/task").glob("*/children") for k in p.read_text().split()]
+    return [pid, *(k for child in children for k in _descendants(child))]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     found = tmp_path_factory.mktemp("two")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launch, str(ROOT / "tests" / "support" / "distributed_trainings.py"), str(found)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        _, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        for child in _descendants(process.pid):  # processes that wait for each other outlive their launcher
+            os.kill(child, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-3000:]
     return found
 
 
