@@ -54,7 +54,7 @@ def check_target(to: Path, *, weights: bool = False, card: bool = True, force: b
         if file.is_dir():
             raise UserError(str(file), "a file, not a folder")
         if file.exists() and not force:
-            raise UserError(str(file), "a file that does not exist (force replaces it)")
+            raise UserError(str(file), "a file that does not exist (--force replaces it)")
 
 
 def export_model(

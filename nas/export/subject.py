@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nas.export.card import Card
 from nas.run import Run
+from nas.training.task import layer_factories
 from search_spaces.common.errors import UserError
 from search_spaces.space import SearchSpace
 
@@ -86,6 +87,15 @@ def from_run(reference: str, build: Build) -> Subject:
         return _trained(reference, build)
     found = find_architecture(reference)
     settings = found.run.settings
+    if found.training:
+        build, words = _as_trained(build, found.training, found.record.arch), ["nas", "train", reference]
+        subject = _untrained(found.space, settings["space"], found.record.arch, build, train=words, data=None)
+        metrics = {name: value for name, value in (found.record.metrics or {}).items() if name != "cost_seconds"}
+        source = "by the search's own training; they are not of the weights in this export"
+        origin = f"{found.run.path}, trial {found.record.id}"
+        training = shlex.join(words)
+        card = replace(subject.card, metrics=metrics, metrics_source=source, origin=origin, training=training)
+        return replace(subject, card=card)
     table = settings["evaluator"].removeprefix("table:") if settings["evaluator"].startswith("table:") else None
     data = table.partition("/")[2] if table else None
     words = ["nas", "train", reference]
@@ -101,6 +111,25 @@ def from_run(reference: str, build: Build) -> Subject:
     return replace(subject, card=card)
 
 
+def _as_trained(build: Build, training: Mapping[str, Any], arch: str) -> Build:
+    """`build` with what it leaves open as in the search's training: scale, layers and the shape of the images."""
+    from nas.training.evaluator import TrainEvaluator
+
+    evaluator = TrainEvaluator.from_json(training)
+    data = evaluator.task(arch).open_data()
+    own = build.norm or build.act or build.layer
+    return Build(
+        norm=build.norm if own else evaluator.norm,
+        act=build.act if own else evaluator.act,
+        layer=build.layer if own else evaluator.layer,
+        scale={**evaluator.network, **build.scale},
+        num_classes=build.num_classes or data.num_classes,
+        in_channels=build.in_channels or data.shape[0],
+        size=build.size or data.shape[1],
+        seed=build.seed,
+    )
+
+
 def _untrained(
     space: SearchSpace, name: str, text: str, build: Build, *, train: list[str], data: str | None
 ) -> Subject:
@@ -113,7 +142,7 @@ def _untrained(
         net["in_features" if graphs else "in_channels"] = build.in_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
-        model = space.build(arch, **net, **_layers(build))
+        model = space.build(arch, **net, **layer_factories(build.norm, build.act, build.layer))
     example = _graph_example(space, build) if graphs else _image_example(build)
     card = Card(
         title=f"{space.name} network",
@@ -183,19 +212,6 @@ def _split_layers(text: str, build: Build) -> tuple[str, Build]:
     if set(named) != {"norm", "act"} or build.norm or build.act or build.layer:
         raise UserError(text, "an architecture, then ` # norm=<name> act=<name>` or options for these")
     return arch, replace(build, norm=named["norm"], act=named["act"])
-
-
-def _layers(build: Build) -> dict[str, Any]:
-    from nas.training.task import act_layer, norm_layer
-
-    if build.layer is not None:
-        return {"norm": norm_layer(build.layer), "act": act_layer("identity")}
-    layers: dict[str, Any] = {}
-    if build.norm is not None:
-        layers["norm"] = norm_layer(build.norm)
-    if build.act is not None:
-        layers["act"] = act_layer(build.act)
-    return layers
 
 
 def _build_parameters(space: SearchSpace) -> Mapping[str, Any]:

@@ -93,13 +93,7 @@ class Task:
             network = dict(self.network)
             if not auxiliary:
                 network.pop("auxiliary", None)
-            layers: dict[str, Any] = {}
-            if self.layer is not None:
-                layers = {"norm": norm_layer(self.layer), "act": lambda channels: nn.Identity()}
-            if self.norm is not None:
-                layers["norm"] = norm_layer(self.norm)
-            if self.act is not None:
-                layers["act"] = act_layer(self.act)
+            layers = layer_factories(self.norm, self.act, self.layer)
             return space.build(arch, in_channels=data.shape[0], num_classes=data.num_classes, **layers, **network)
 
     def _from_factory(self, data: Dataset) -> nn.Module:
@@ -121,6 +115,14 @@ class Task:
 
             model, _ = replace_norm_act(model, find_layer(self.layer))
         return model
+
+
+def layer_factories(norm: str | None, act: str | None, layer: str | None) -> dict[str, LayerFactory]:
+    """The arguments `norm` and `act` of `space.build` for names; `layer` stands for both. Errors: UserError."""
+    if layer is not None:
+        return {"norm": norm_layer(layer), "act": act_layer("identity")}
+    layers = {} if norm is None else {"norm": norm_layer(norm)}
+    return layers if act is None else {**layers, "act": act_layer(act)}
 
 
 def norm_layer(name: str) -> LayerFactory:
