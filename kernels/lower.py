@@ -170,9 +170,10 @@ def _power(b: Builder, node: Node, inputs: list[int]) -> int:
 
 
 def _asinh(b: Builder, a: int) -> int:
-    root = b("sqrt", b("add", b("square", a), 1.0))
-    above, below = (b("log", b("add", root, side)) for side in (a, b("neg", a)))  # no cancellation on either side
-    return b("where", b("lt", a, 0.0), b("neg", below), above)
+    negative = b("lt", a, 0.0)
+    size = b("where", negative, b("neg", a), a)  # |a|, with slope 1 at 0
+    log = b("log", b("add", size, b("sqrt", b("add", b("square", a), 1.0))))
+    return b("where", negative, b("neg", log), log)
 
 
 def _log_sigmoid(b: Builder, a: int) -> int:
@@ -195,6 +196,7 @@ def _hard_sigmoid(b: Builder, a: int) -> int:
 _DIRECT = frozenset(
     ("add", "sub", "mul", "max", "min", "neg", "sigmoid", "tanh", "abs", "square", "erf", "softplus"),
 )
+# Near zero, differences such as 1 - erf(a) and e^a - 1 keep the absolute error of the whole, not the relative one.
 _COMPOSED: dict[str, Rule] = {
     "div": lambda b, node, args: b("div", args[0], _guarded(b, args[1], node.eps)),
     "exp": lambda b, node, args: _exp(b, node, args[0]),

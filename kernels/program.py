@@ -266,11 +266,11 @@ class Builder:
 
     def const(self, value: float) -> int:
         """A number that is part of the structure."""
-        return self._add(Node("const", (), 0, float(value)))
+        return self._add(Node("const", (), 0, float(value) + 0.0))
 
     def scalar(self, value: float) -> int:
         """A number handed over at run time; equal numbers are one."""
-        return self._add(Node("scalar", (), 0, float(value)))
+        return self._add(Node("scalar", (), 0, float(value) + 0.0))
 
     def numel(self, axes: int) -> int:
         """The product of the sizes of `axes`."""
