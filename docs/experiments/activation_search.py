@@ -1,11 +1,11 @@
 """Evolution over the PANGAEA set on CIFAR-10, and the found function beside ReLU, GELU and SiLU; resumable.
 
-    python docs/experiments/activation_search.py --data-root FOLDER --out runs/activation-search [--budget 200]
+    python docs/experiments/activation_search.py --data-root FOLDER --out runs/activation-search [--budget 90]
 
 FOLDER holds CIFAR-10's train.parquet and test.parquet. The anchor keeps its batch normalisation, only the function
 behind it is searched. After the search the best of the run are trained longer with new seeds, the first of them goes on
 to the finals: five seeds in the anchor of the search and in one that the search did not see, every function at its own
-best of three learning rates by mean validation accuracy, test accuracies reported. Writes OUT/record.json,
+best of two learning rates by mean validation accuracy, test accuracies reported. Writes OUT/record.json,
 OUT/finals.json and OUT/found.svg; trainings that are done stand in OUT/run and OUT/finals.sqlite.
 """
 
@@ -37,7 +37,7 @@ SETTINGS = {"population": 24, "tournament": 6}
 OBJECTIVE = "resnet_train_loss"  # ranks short trainings better than their accuracy
 KNOWN = ("relu", "gelu", "silu")
 ANCHORS = ("resnet", "vgg")  # the search's, and one that it did not see
-RATES = (0.05, 0.1, 0.2)
+RATES = (0.1, 0.2)
 INTERVAL = 2.776  # Student's t, 4 degrees of freedom, two-sided 95 %
 
 
@@ -60,7 +60,7 @@ def measure(graph: LayerGraph, anchor: str, rate: float, seed: int, given: argpa
 
 
 def run_search(given: argparse.Namespace) -> list[LayerGraph]:
-    """The ten best functions of the run, which is written to OUT/record.json."""
+    """The six best functions of the run, which is written to OUT/record.json."""
     recipe = Recipe(steps=given.steps)
     evaluator = ActivationEvaluator("cifar10", given.data_root, 16, ("resnet",), recipe=recipe)
     space = FilteredActivations("pangaea", first=BASELINES)
@@ -81,7 +81,7 @@ def run_search(given: argparse.Namespace) -> list[LayerGraph]:
     for t in trained:
         graph = space.decode(t["arch"])
         candidates.setdefault(fingerprint(graph, refit=True), graph)
-    return list(candidates.values())[:10]
+    return list(candidates.values())[:6]
 
 
 def rerank(candidates: list[LayerGraph], given: argparse.Namespace) -> list[dict]:
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=int, default=200, help="functions that reach training")
+    parser.add_argument("--budget", type=int, default=90, help="functions that reach training")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--final-steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=5)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nas.budget import Budget
 from nas.layers.activation_search import ActivationEvaluator, FilteredActivations
+from nas.layers.aquasurf import AQuaSurF, fisher_features
 from nas.layers.evaluator import MEASURES, LayerEvaluator
 from nas.layers.funnel import FilteredLayers
 from nas.loop import search
@@ -20,8 +23,10 @@ from nas.run import Run
 from nas.training.recipe import Recipe
 from search_spaces.common.errors import UserError
 from search_spaces.common.files import atomic_write
+from search_spaces.layers.graph import LayerGraph
 
 FUNNEL_FILE = "funnel.json"
+FISHER_BATCH = 64
 
 
 def search_layers(
@@ -41,10 +46,13 @@ def search_layers(
     """Search for a layer or an activation function; with `out` the run is kept, resumed by the same call, and
     `funnel.json` counts rejections.
 
+    strategy: of `nas.strategies`; for activation functions also `aquasurf`, which compares them by their outputs and
+    by the Fisher spectra of the first anchor at initialisation.
     budget: trials, that is layers that reach training, or a Budget whose simulated seconds are training steps.
     objectives: metrics of the evaluator; `latency_ms` and `activation_bytes` are measured when they are named.
     Errors: UserError.
     """
+    chosen = _aquasurf(space, evaluator) if strategy == AQuaSurF.name else strategy
     names = {o.name for o in parse_objectives(objectives)}
     measured = tuple(m for m in MEASURES if m in names or m in evaluator.measure)
     evaluator = replace(evaluator, measure=measured)
@@ -58,7 +66,7 @@ def search_layers(
         return search(
             space,
             evaluator,
-            strategy,
+            chosen,
             budget=budget,
             objectives=objectives,
             seed=seed,
@@ -72,6 +80,23 @@ def search_layers(
         if out is not None and Run.exists(out):
             with atomic_write(Path(out) / FUNNEL_FILE) as file:
                 json.dump(dict(space.counts), file)
+
+
+def _aquasurf(space: Any, evaluator: LayerEvaluator) -> Callable[..., AQuaSurF]:
+    """The strategy with the evaluator's first anchor for its spectra."""
+    if not isinstance(space, FilteredActivations):
+        raise UserError(AQuaSurF.name, "a strategy for layers; aquasurf is for activation functions (--ops pangaea)")
+
+    def spectra(graphs: Sequence[LayerGraph]) -> np.ndarray:
+        data = evaluator.dataset()
+        images, labels = data.normalize(data.train.images[:FISHER_BATCH]), data.train.labels[:FISHER_BATCH]
+        anchor = evaluator.anchors[0]
+        return np.stack([fisher_features(evaluator.network(graph, anchor), images, labels) for graph in graphs])
+
+    def aquasurf(*arguments: Any, **settings: Any) -> AQuaSurF:
+        return AQuaSurF(*arguments, **{"spectra": spectra, **settings})
+
+    return aquasurf
 
 
 def space_from(settings: Mapping[str, Any]) -> FilteredLayers | FilteredActivations:

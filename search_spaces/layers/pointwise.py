@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from search_spaces.layers.graph import Node
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772  # Klambauer et al. 2017, arXiv 1706.02515
-_RELU_LIKE = ("relu", "silu", "selu", "elu", "softsign", "logsigmoid")
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,17 @@ def _sinc_slope(a: Tensor) -> Tensor:
 def _i1e_slope(a: Tensor) -> Tensor:
     safe = torch.where(a.abs() < 1e-7, torch.ones_like(a), a)
     inner = torch.special.i0e(a) - torch.special.i1e(a) / safe - a.sign() * torch.special.i1e(a)
-    return torch.where(a.abs() < 1e-7, torch.full_like(a, 0.5), inner)
+    return torch.where(a.abs() < 1e-7, 0.5 - a.abs(), inner)
 
 
 def _negative_exponential(a: Tensor) -> Tensor:
     """The slope of the exponential linear unit."""
     return a.clamp(max=0).exp()
+
+
+def _selu_slope(a: Tensor) -> Tensor:
+    left = _SELU_ALPHA * _step(-a) + _step(a)  # the mean of both sides at 0
+    return _SELU_SCALE * left * _negative_exponential(a)
 
 
 UNARY: dict[str, Pointwise] = {
@@ -99,11 +103,7 @@ UNARY: dict[str, Pointwise] = {
     "elu": Pointwise(nn.functional.elu, _negative_exponential, "nn.functional.elu({a})", r"\mathrm{{elu}}"),
     "selu": Pointwise(
         nn.functional.selu,
-        lambda a: (
-            _SELU_SCALE
-            * (torch.where(a < 0, _SELU_ALPHA, 1.0) + 0.5 * (_SELU_ALPHA - 1) * (a == 0))
-            * _negative_exponential(a)
-        ),
+        _selu_slope,
         "nn.functional.selu({a})",
         r"\mathrm{{selu}}",
     ),

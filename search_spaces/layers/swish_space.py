@@ -136,8 +136,9 @@ class SwishSpace(ActivationSpace):
             if at:
                 changes += [replace(unit, first=1 - unit.first), replace(unit, second=1 - unit.second)]
             for changed in changes:
-                if changed != unit:
-                    yield self.graph_of((*units[:at], changed, *units[at + 1 :]))
+                other = self.graph_of((*units[:at], changed, *units[at + 1 :]))
+                if other != arch:
+                    yield other
 
     def mutate(self, arch: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """One slot of one unit drawn anew: its binary function, a unary one, or what an input reads."""
@@ -147,8 +148,9 @@ class SwishSpace(ActivationSpace):
             slots = ("binary", "unary1", "unary2", "first", "second")[: 5 if at else 3]
             slot = slots[int(rng.integers(len(slots)))]
             changed = replace(units[at], **{slot: getattr(self._random_unit(at, rng), slot)})
-            if changed != units[at]:
-                return self.graph_of((*units[:at], changed, *units[at + 1 :]))
+            child = self.graph_of((*units[:at], changed, *units[at + 1 :]))
+            if child != arch:  # other units may spell the same graph
+                return child
 
     def crossover(self, first: LayerGraph, second: LayerGraph, rng: np.random.Generator) -> LayerGraph:
         """Every slot from one of both, at random."""
