@@ -339,12 +339,14 @@ class Builder:
         return self(op, a, b)
 
     def mean(self, value: int, axes: int) -> int:
-        """The mean over `axes`; those that the value lacks do not matter."""
+        """The mean over `axes`; those that the value lacks do not matter. Its sum keeps all factors: the mean of equal
+        numbers should be that number, so that their distance from it is nothing."""
         axes &= self.spaces[value]
-        return self("div", self.sum(value, axes), self.numel(axes))
+        total = self._add(Node("sum", (value,), axes)) if axes else value
+        return self("div", total, self.numel(axes))
 
     def var(self, value: int, axes: int) -> int:
-        """The biased variance over `axes`; those that the value lacks do not matter."""
+        """The biased variance over `axes`; those that the value lacks do not matter. Over none it is 0, also of NaN."""
         axes &= self.spaces[value]
         return self._add(Node("var", (value,), axes)) if axes else self.const(0.0)
 

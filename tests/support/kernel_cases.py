@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from kernels.lower import Unsupported, lower
 from kernels.reference import execute, from_program, to_program
 from search_spaces.layers.evaluate import channel_dim, evaluate
 from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.simplify import simplify
 from search_spaces.layers.space import LayerSpace
 
 IMAGES = ((2, 8, 3, 2), (1, 6, 2, 2), (3, 10, 1, 1), (2, 12, 5), (4, 7), (1, 5, 1), (2, 1, 4))
@@ -97,6 +98,9 @@ def check(case: Case, rounding: float = 1e-12) -> None:
     """y agrees to `rounding` and gradients to 1e-9 of their norm, but for what is zero, 1e-11 of the largest one."""
     wanted, found = expected(case), by_programs(case)
     assert found.keys() == wanted.keys()
+    if case.stats is None and found["y"].isfinite().all() and not wanted["y"].isfinite().all():
+        # The standard deviation of one infinite number is NaN to torch; programs and `simplify` know that it is eps's.
+        wanted = expected(replace(case, graph=simplify(case.graph)))
     largest = max(1.0, *(float(w[w.isfinite()].norm()) for name, w in wanted.items() if name != "y"))
     for name, want in wanted.items():
         finite = want.isfinite()
