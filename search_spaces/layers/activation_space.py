@@ -95,8 +95,12 @@ class ActivationSpace(SearchSpace[LayerGraph]):
         for node in graph.nodes:
             if node.name not in self.ops and node.op not in PARAMETERS:
                 raise UserError(node.name, f"an operation of this space ({one_of(self.ops, 60)})")
-        self.embed(graph)
+        self._check(graph)
         return graph
+
+    def _check(self, graph: LayerGraph) -> None:
+        """UserError unless the graph is an architecture of this space."""
+        self.embed(graph)
 
     def readable(self, arch: LayerGraph) -> str:
         """The function's formula, simplified."""

@@ -97,7 +97,9 @@ def test_what_a_space_lacks():
     with pytest.raises(UserError, match="one or two"):
         SwishSpace(units=3)
     with pytest.raises(UserError, match="core unit"):
-        SwishSpace().embed(activation("x * tanh(softplus(x))"))
+        SwishSpace(units=2).embed(activation("mish"))
+    with pytest.raises(UserError, match="core unit"):
+        SwishSpace().decode(SwishSpace().encode(parse_formula("sin(cos(x))", affine=False)))
 
 
 def test_initial_forms_and_multipliers():
@@ -180,6 +182,18 @@ def test_swish_functions_of_the_paper():
             assert space.graph_of(space.units_of(graph)) == graph
     twice = SwishSpace(units=2).graph_of((Unit("mul", "x", "atan"), Unit("sub", "x", "x", first=1)))
     torch.testing.assert_close(evaluate(twice, x), x * torch.atan(x) - x)
+
+
+@pytest.mark.slow
+def test_swish_functions_are_found_by_value():
+    """All 6,250 units are described once, which takes seconds."""
+    space = SwishSpace()
+    x = torch.linspace(-3, 3, 41, dtype=torch.double).reshape(-1, 1)
+    for text in ("relu(x)", "x * sigmoid(beta * x)", "softplus(x)"):
+        graph = parse_formula(text, affine=False)
+        torch.testing.assert_close(evaluate(space.embed(graph), x), evaluate(graph, x))
+    with pytest.raises(UserError, match="core unit"):
+        space.embed(activation("mish"))
 
 
 def test_guarded_functions_are_finite_where_plain_ones_are_not():
