@@ -287,33 +287,31 @@ class Builder:
             return self("mul", self.sum(value, axes & ~absent), self.numel(absent))
         if not axes:
             return value
-        lacking = self._lacking(value, axes, {})
+        lacking = self._lacking(value, axes, {}, _DEEPEST)
+        if not lacking and self.nodes[value].op == "neg":
+            return self("neg", self.sum(self.nodes[value].args[0], axes))
         if not lacking:
-            node = self.nodes[value]
-            return (
-                self("neg", self.sum(node.args[0], axes))
-                if node.op == "neg"
-                else self._add(Node("sum", (value,), axes))
-            )
+            return self._add(Node("sum", (value,), axes))
         common = functools.reduce(int.__and__, lacking)
         over = common or max(lacking, key=lambda axes: (axes & S, axes))
-        inside, outside = self._split(value, over, {})
-        assert inside is not None
+        inside, outside = self._split(value, over, {}, _DEEPEST)
+        if inside is None or inside == value:  # the factor lies too deep
+            return self._add(Node("sum", (value,), axes))
         total = self.sum(inside, over)
         return self.sum(total if outside is None else self("mul", outside, total), axes & ~over)
 
-    def _lacking(self, value: int, axes: int, known: dict[int, set[int]]) -> set[int]:
+    def _lacking(self, value: int, axes: int, known: dict[int, set[int]], levels: int) -> set[int]:
         """Of each factor of a value that lacks some of `axes`, which."""
         if value not in known:
             node = self.nodes[value]
             lacks = axes & ~self.spaces[value] if self._number(value) != 1 else 0  # the 1 of 1 / a stays
-            if lacks == axes or node.op not in ("mul", "div", "neg"):
+            if lacks == axes or node.op not in ("mul", "div", "neg") or not levels:
                 known[value] = {lacks} if lacks else set()
             else:
-                known[value] = set().union(*(self._lacking(a, axes, known) for a in node.args))
+                known[value] = set().union(*(self._lacking(a, axes, known, levels - 1) for a in node.args))
         return known[value]
 
-    def _split(self, value: int, over: int, known: dict[int, tuple]) -> tuple[int | None, int | None]:
+    def _split(self, value: int, over: int, known: dict[int, tuple], levels: int) -> tuple[int | None, int | None]:
         """A value as a product: (the factors that vary over some of `over`, the others); None for none of them."""
         if value in known:
             return known[value]
@@ -321,11 +319,11 @@ class Builder:
         pair: tuple[int | None, int | None] = (value, None)
         if not self.spaces[value] & over:
             pair = (None, value)
-        elif node.op == "neg":
-            inside, outside = self._split(node.args[0], over, known)
+        elif node.op == "neg" and levels:
+            inside, outside = self._split(node.args[0], over, known, levels - 1)
             pair = (inside, self.const(-1.0) if outside is None else self("neg", outside))
-        elif node.op in ("mul", "div"):
-            parts = zip(*(self._split(a, over, known) for a in node.args), strict=True)
+        elif node.op in ("mul", "div") and levels:
+            parts = zip(*(self._split(a, over, known, levels - 1) for a in node.args), strict=True)
             inside, outside = (self._combined(node.op, *part) for part in parts)
             pair = (value if outside is None else inside, outside)  # unsplit values stay as they are
         known[value] = pair
@@ -432,6 +430,7 @@ class Builder:
         return None
 
 
+_DEEPEST = 100  # levels of a product in which a sum looks for factors
 _FOLD: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,

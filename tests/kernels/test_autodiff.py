@@ -75,6 +75,21 @@ def test_groups_and_group_sizes_that_do_not_divide():
             check(make_case(graph, (2, channels, 5), layout="channels-first", training=True, seed=1))
 
 
+@pytest.mark.parametrize("op", ["mul", "div", "sub"])
+def test_long_chains(op):
+    """Longer than Python's stack is deep, on a value that becomes a factor of every sum."""
+    nodes = [make_node("rms-instance", (0,)), make_node(op, (0, 4))]
+    nodes += [make_node(op, (4 + i, (3, 4)[i % 2])) for i in range(1, 1200)]
+    graph = LayerGraph(tuple(nodes), 4 + 1200)
+    check(make_case(graph, (2, 3, 4), layout="channels-first", training=True, seed=1))
+
+
+def test_repeated_squares_take_no_time():
+    nodes = [make_node("mul", (0, 3)), *(make_node("mul", (4 + i, 4 + i)) for i in range(60))]  # 2^60 factors
+    graph = LayerGraph(tuple(nodes), 64)
+    assert len(differentiate(lower(graph).program, ("x", "v1")).backward.nodes) < 1000
+
+
 FINITE_DIFFERENCES = ["evonorm-b0", "evonorm-s0", "bn-silu", "gelu", "layer-norm-tokens", "frn-tlu"]
 
 
