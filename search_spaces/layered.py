@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -16,11 +16,12 @@ from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 from search_spaces.graph import OpGraph
-from search_spaces.primitives.registry import ACTIVATIONS, NORMS
+from search_spaces.primitives.registry import ACT, NORM, PrimitiveFactory, act_factory, norm_factory
 from search_spaces.space import LayerFactory, SearchSpace
 
 A = TypeVar("A")
-NORM, ACT = "a normalisation", "an activation"
+PLAIN_NORMS = (batch_norm, PrimitiveFactory("batch-norm"))  # with these a space's own `cost` is exact
+PLAIN_ACTS = (relu, PrimitiveFactory("relu"))
 COST_ONLY = ("input_size", "nodes")  # what `cost` asks for beyond the arguments of `build`
 
 
@@ -42,9 +43,10 @@ def with_layers(
     """`space` with a choice of one normalisation and one activation for all its operations.
 
     norms, acts: names of `search_spaces.primitives.registry`, or own factories (channels -> module) by name.
-    Errors: UserError for an unknown name with the nearest one, for no name, and for a name with a blank in it.
+    Errors: UserError for an unknown name with the nearest one, for a primitive that cannot stand there with the reason,
+    for no name, and for a name with a blank in it.
     """
-    return LayeredSpace(space, _factories(norms, NORMS, NORM), _factories(acts, ACTIVATIONS, ACT))
+    return LayeredSpace(space, _factories(norms, norm_factory, NORM), _factories(acts, act_factory, ACT))
 
 
 class LayeredSpace(SearchSpace[LayeredArchitecture[A]]):
@@ -135,7 +137,7 @@ class LayeredSpace(SearchSpace[LayeredArchitecture[A]]):
         The network is built on the meta device to be counted where the layers are not BatchNorm and ReLU.
         """
         cost = self.space.cost(arch.arch, **net)
-        if (self.norms[arch.norm], self.acts[arch.act]) == (batch_norm, relu):
+        if self.norms[arch.norm] in PLAIN_NORMS and self.acts[arch.act] in PLAIN_ACTS:
             return cost
         with torch.device("meta"):
             network = self.build(arch, **{name: value for name, value in net.items() if name not in COST_ONLY})
@@ -176,14 +178,15 @@ class LayeredSpace(SearchSpace[LayeredArchitecture[A]]):
 
 
 def _factories(
-    wanted: Iterable[str] | Mapping[str, LayerFactory], known: Mapping[str, LayerFactory], kind: str
+    wanted: Iterable[str] | Mapping[str, LayerFactory], find: Callable[[str], PrimitiveFactory], kind: str
 ) -> dict[str, LayerFactory]:
     if isinstance(wanted, str):
         wanted = (wanted,)
+    factories: dict[str, LayerFactory]
     if isinstance(wanted, Mapping):
         factories = dict(wanted)
     else:
-        factories = {(name := match(given, known, kind)): known[name] for given in wanted}
+        factories = {found.name: found for found in map(find, wanted)}
     if not factories:
         raise UserError([], f"the name of {kind} at least")
     for name in factories:

@@ -14,7 +14,7 @@ from torch import nn
 from nas.training.data import Dataset, load_data
 from nas.training.recipe import Recipe
 from search_spaces.common.errors import UserError
-from search_spaces.common.names import load_object, nearest
+from search_spaces.common.names import canonical, load_object
 from search_spaces.registry import load_space
 from search_spaces.space import LayerFactory
 
@@ -118,32 +118,42 @@ class Task:
 
 
 def layer_factories(norm: str | None, act: str | None, layer: str | None) -> dict[str, LayerFactory]:
-    """The arguments `norm` and `act` of `space.build` for names; `layer` stands for both. Errors: UserError."""
+    """The arguments `norm` and `act` of `space.build` for names; `layer` stands for both.
+
+    A name means a primitive as `norm`, and as `layer` first one of the catalogue (`nas layers list`): of some there are
+    both, over other axes. Errors: UserError.
+    """
     if layer is not None:
-        return {"norm": norm_layer(layer), "act": act_layer("identity")}
+        from search_spaces.layers.catalog import names
+
+        known = canonical(layer) in names()
+        return {"norm": _graph_layer(layer) if known else norm_layer(layer), "act": act_layer("identity")}
     layers = {} if norm is None else {"norm": norm_layer(norm)}
     return layers if act is None else {**layers, "act": act_layer(act)}
 
 
 def norm_layer(name: str) -> LayerFactory:
-    """The normalisation `name`: one of the registry, else a layer that `find_layer` knows. Errors: UserError."""
-    from nas.layers.references import find_layer
+    """The normalisation `name`: a primitive, else a layer that `find_layer` knows. Errors: UserError."""
     from search_spaces.layers.catalog import names
-    from search_spaces.layers.module import GraphLayer
-    from search_spaces.primitives.registry import NORMS
+    from search_spaces.primitives.registry import norm_factory, primitives
 
-    plain = name.lower().replace("_", "-")
-    if plain in NORMS:
-        return NORMS[plain]
-    known = [*NORMS, *names()]
-    if plain.replace("-", "").isalnum() and plain not in names():
-        raise UserError(name, "a normalisation (`nas layers list`) or a layer", nearest(plain, known))
+    plain = canonical(name)
+    primitive = plain in {each.name for each in primitives()}
+    if primitive or (plain not in names() and plain.replace("-", "").isalnum()):  # which is then refused
+        return norm_factory(name)
+    return _graph_layer(name)
+
+
+def _graph_layer(name: str) -> LayerFactory:
+    from nas.layers.references import find_layer
+    from search_spaces.layers.module import GraphLayer
+
     graph = find_layer(name)
     return lambda channels: GraphLayer(graph, channels)
 
 
 def act_layer(name: str) -> LayerFactory:
-    """The activation `name` of the registry. Errors: UserError with the nearest."""
+    """The activation `name`, a primitive. Errors: UserError with the nearest."""
     from search_spaces.primitives.registry import act_factory
 
     return act_factory(name)

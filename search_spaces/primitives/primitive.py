@@ -11,6 +11,7 @@ KINDS = {
     "activation": "point by point, or with few parameters; keeps the shape",
     "gate": "takes twice the channels and gives half",
     "normalisation": "keeps the shape",
+    "layer": "normalisation and activation in one; keeps the shape",
     "placement": "wraps a branch of a residual block",
     "mixing": "exchanges between tokens or positions; keeps the shape",
 }

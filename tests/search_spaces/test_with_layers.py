@@ -14,12 +14,13 @@ from search_spaces.cells.nas_bench_201 import NasBench201
 from search_spaces.cells.nas_bench_graph import NasBenchGraph
 from search_spaces.choice import find_choices
 from search_spaces.layered import LayeredArchitecture, with_layers
-from search_spaces.primitives.registry import ACTIVATIONS, NORMS, act_factory, norm_factory
+from search_spaces.primitives.registry import ACTIVATIONS, act_factory, norm_factory
 
 INNER = NasBench201()
 SPACE = with_layers(INNER, norms=["batch-norm", "group-norm", "identity"], acts=["relu", "silu"])
 CELL = INNER.decode("|nor_conv_3x3~0|+|none~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_1x1~1|none~2|")
 SMALL = {"channels": 8, "cells_per_stage": 1}
+AFFINE = ["batch-norm", "group-norm", "layer-norm", "instance-norm", "layer-norm-2d", "power-norm", "evonorm-s2"]
 
 
 def learned_layer(channels: int) -> nn.Module:
@@ -83,7 +84,7 @@ def test_keys_keep_inner_classes_and_tell_layers_apart():
     assert len({SPACE.function_key(LayeredArchitecture(cell, "identity", "relu")) for cell in same}) == 1
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [*AFFINE, "identity"])
 @pytest.mark.parametrize("act", ["relu", "prelu"])
 def test_params_are_those_of_the_built_network(norm, act):
     """Independently: BatchNorm's network has two parameters per normalised channel, so has any other with an affine."""
@@ -107,7 +108,7 @@ def test_every_layer_of_the_network_is_the_chosen_one():
     assert {nn.GroupNorm, nn.SiLU} <= kinds
     assert not kinds & {nn.BatchNorm2d, nn.ReLU}
     with pytest.raises(UserError):
-        SPACE.build(LayeredArchitecture(CELL, "group-norm", "silu"), norm=NORMS["identity"])
+        SPACE.build(LayeredArchitecture(CELL, "group-norm", "silu"), norm=norm_factory("identity"))
 
 
 def test_the_graph_passes_everything_through_both_layers():
@@ -140,9 +141,10 @@ def test_choices_run_the_selected_layers():
 
 def test_layers_of_graph_networks_see_the_graph_as_one_image(rng):
     inner = NasBenchGraph()
-    space = with_layers(inner, norms=NORMS, acts=ACTIVATIONS)
+    norms = [*AFFINE, "identity", "rms-norm", "dyt", "bn-relu"]
+    space = with_layers(inner, norms=norms, acts=["gelu"])
     x, edge_index = torch.randn(7, 12), torch.randint(7, (2, 20))
-    for norm in NORMS:
+    for norm in norms:
         arch = LayeredArchitecture(inner.sample(rng), norm, "gelu")
         network = space.build(arch, in_features=12, num_classes=3, hidden=8)
         assert network(x, edge_index).isfinite().all()
@@ -169,10 +171,19 @@ def test_group_norm_takes_the_largest_divisor(channels, groups):
     assert norm_factory("group-norm")(channels).num_groups == groups
 
 
-@pytest.mark.parametrize("name", sorted({*NORMS} - {"identity"}))
-def test_norms_normalise_over_their_axes(name):
-    axes = {"batch-norm": (0, 2, 3), "instance-norm": (2, 3), "layer-norm": (1, 2, 3), "group-norm": (2, 3)}[name]
-    y = norm_factory(name)(8)(5 + 3 * torch.randn(4, 8, 6, 6))  # 8 channels: group-norm has a group for each
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("batch-norm", (0, 2, 3)),
+        ("instance-norm", (2, 3)),
+        ("layer-norm", (1, 2, 3)),
+        ("layer-norm-2d", (1,)),
+        ("group-norm", (2, 3)),  # 8 channels: a group for each
+        ("adab2n", (0, 2, 3)),
+    ],
+)
+def test_norms_normalise_over_their_axes(name, axes):
+    y = norm_factory(name)(8)(5 + 3 * torch.randn(4, 8, 6, 6))
     torch.testing.assert_close(y.mean(axes), torch.zeros_like(y.mean(axes)), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.var(axes, correction=0), torch.ones_like(y.mean(axes)), atol=1e-3, rtol=0)
 
@@ -185,8 +196,21 @@ def test_activations_have_their_formulas():
         "gelu": x * (1 + torch.erf(x / 2**0.5)) / 2,
         "leaky-relu": torch.where(x > 0, x, 0.01 * x),
         "hardswish": x * (x + 3).clamp(0, 6) / 6,
+        "crrelu": x.clamp(min=0) + 0.01 * x * (-x * x / 2).exp(),
         "identity": x,
     }
-    assert set(formulas) == set(ACTIVATIONS)
     for name, expected in formulas.items():
-        torch.testing.assert_close(act_factory(name)(4)(x), expected)
+        torch.testing.assert_close(act_factory(name)(4).double()(x.view(1, 1, -1)).flatten(), expected)
+
+
+def test_any_primitive_by_name_and_the_reason_where_one_does_not_fit():
+    space = with_layers(INNER, norms=["Dyt", "power_norm", "evonorm-b0"], acts=["prelu", "crrelu", "poly-norm"])
+    assert list(space.norms) == ["dyt", "power-norm", "evonorm-b0"]
+    assert pickle.loads(pickle.dumps(space)).norms == space.norms
+    arch = LayeredArchitecture(CELL, "power-norm", "crrelu")
+    kinds = {type(module).__name__ for module in space.build(arch, **SMALL).modules()}
+    assert {"PowerNorm", "CRReLU"} <= kinds
+    with pytest.raises(UserError, match="gives half.*'silu'"):
+        with_layers(INNER, acts=["swiglu"])
+    with pytest.raises(UserError, match="this is an activation"):
+        with_layers(INNER, norms=["relu"])
