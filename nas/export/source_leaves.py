@@ -67,8 +67,9 @@ class Leaves:
         if getattr(nn, kind.__name__, None) is kind:
             return Call(f"nn.{kind.__name__}", _arguments(module, channels))
         if kind.__module__.startswith("search_spaces.primitives"):
-            arguments = _arguments(module, channels)
-            return Call(self.copies.add(kind), arguments)
+            given = _arguments(module, channels)
+            arguments = [(n, self.write(v, channels) if isinstance(v, nn.Module) else v) for n, v in given]
+            return Call(self.copies.add(kind), tuple(arguments))
         raise unknown_module(module)
 
     def _layer(self, module: GraphLayer) -> str:
@@ -169,6 +170,8 @@ def _arguments(module: nn.Module, channels: int | None) -> tuple[tuple[str, obje
 
 
 def _attribute(module: nn.Module, name: str, default: Any, channels: int | None) -> Any:
+    if name in dict(module.named_children()):  # what it wraps
+        return module.get_submodule(name)
     for attribute in (name, f"_{name}"):
         value = getattr(module, attribute, NotImplemented)
         if isinstance(value, PLAIN) and not (name in ("bias", "affine") and value is None):
@@ -179,8 +182,9 @@ def _attribute(module: nn.Module, name: str, default: Any, channels: int | None)
         return getattr(module, "weight" if name != "bias" else name, None) is not None
     if default is not inspect.Parameter.empty:
         return default
-    if channels is not None and name in COUNTS:
-        return channels
+    if name in COUNTS:
+        lengths = [len(value) for value in module.state_dict().values() if value.ndim]
+        return channels if channels is not None else max(lengths, default=1)
     raise unknown_module(module)
 
 

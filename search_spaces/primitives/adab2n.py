@@ -30,7 +30,7 @@ class AdaB2N(nn.Module):
 
     def __init__(self, channels: int, tasks: int = 1, kappa: float = 1.0, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
-        self.kappa, self.momentum, self.eps = kappa, momentum, eps
+        self.tasks, self.kappa, self.momentum, self.eps = tasks, kappa, momentum, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.theta = nn.Parameter(torch.zeros(tasks))
@@ -39,12 +39,12 @@ class AdaB2N(nn.Module):
         self.register_buffer("batches", torch.tensor(0))
         self.register_buffer("eta", torch.tensor(0.0))
         self.register_buffer("seen", torch.tensor(0))
-        self.tasks: Tensor | None = None
+        self.batch_tasks: Tensor | None = None
         self.loss: Tensor | None = None
 
     def set_tasks(self, tasks: Tensor | None) -> None:
         """tasks: int64 [B] of the next batches, None for equal samples."""
-        self.tasks = tasks
+        self.batch_tasks = tasks
         if tasks is not None:
             self.seen.copy_(torch.maximum(self.seen, tasks.max().to(self.seen) + 1))
 
@@ -68,10 +68,10 @@ class AdaB2N(nn.Module):
 
     def batch_statistics(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """(mean, variance), each [C]."""
-        if self.tasks is None:
+        if self.batch_tasks is None:
             share = torch.full_like(x[:, 0].flatten(1)[:, 0], 1 / x.shape[0])
         else:
-            share = self.sample_weights(self.tasks).to(x.dtype)
+            share = self.sample_weights(self.batch_tasks).to(x.dtype)
         mean = share @ x.flatten(2).mean(2)
         return mean, share @ (x - mean.view(shape)).square().flatten(2).mean(2)
 
@@ -97,8 +97,15 @@ class AdaB2N(nn.Module):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"loss": None}  # a tensor with a history can neither be copied nor stored
 
+    def reset_running_stats(self) -> None:
+        """The running values as they begin; the tasks seen stay."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.batches.zero_()
+        self.eta.zero_()
+
     def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, tasks={self.theta.numel()}, kappa={self.kappa}, momentum={self.momentum}"
+        return f"{self.weight.numel()}, tasks={self.tasks}, kappa={self.kappa}, momentum={self.momentum}"
 
 
 def set_tasks(model: nn.Module, tasks: Tensor | None) -> None:

@@ -54,6 +54,11 @@ class L1BatchNorm(nn.Module):
         y = (y - mean) / (self.factor * deviation + self.eps) * self.weight + self.bias
         return y.movedim(-1, self.channel_dim).to(x.dtype)
 
+    def reset_running_stats(self) -> None:
+        """The running values as they begin."""
+        self.running_mean.zero_()
+        self.running_deviation.fill_(1)
+
     def evaluation_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), each [C]: what evaluation does to a channel."""
         scale = self.weight / (self.factor * self.running_deviation + self.eps)
@@ -72,6 +77,7 @@ class IBNa(nn.Module):
 
     def __init__(self, channels: int, ratio: float = 0.5):
         super().__init__()
+        self.channels, self.ratio = channels, ratio
         half = int(channels * ratio)
         self.split = [half, channels - half]
         self.instance_norm = nn.InstanceNorm2d(half, affine=True)
@@ -87,6 +93,7 @@ class RepBN(nn.Module):
 
     def __init__(self, channels: int, channel_dim: int = -1):
         super().__init__()
+        self.channel_dim = channel_dim
         self.alpha = nn.Parameter(torch.ones(1))
         self.bn = TokenBatchNorm(channels) if channel_dim == -1 else nn.BatchNorm2d(channels)
 

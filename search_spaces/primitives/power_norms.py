@@ -95,7 +95,7 @@ class PowerNorm(nn.Module):
         channel_dim: int = -1,
     ):
         super().__init__()
-        self.warmup, self.keep, self.eps, self.channel_dim = warmup, keep, eps, channel_dim
+        self.groups, self.warmup, self.keep, self.eps, self.channel_dim = groups, warmup, keep, eps, channel_dim
         self.scaling = GroupScaling(groups, eps, channel_dim)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -124,6 +124,12 @@ class PowerNorm(nn.Module):
         state = (self.gradient_average, self.keep, self.eps)
         return PowerGradient.apply(x, self.weight, self.bias, moment, batch, state)
 
+    def reset_running_stats(self) -> None:
+        """The averages as they begin."""
+        self.running_moment.fill_(1)
+        self.gradient_average.zero_()
+        self.batches.zero_()
+
     def evaluation_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), each [C]: what evaluation does to a channel after GroupScaling."""
         return self.weight / torch.sqrt(self.running_moment + self.eps), self.bias
@@ -143,7 +149,7 @@ class PowerNormV(nn.Module):
 
     def __init__(self, channels: int, groups: int = 1, keep: float = 0.9, eps: float = 1e-5, channel_dim: int = -1):
         super().__init__()
-        self.keep, self.eps, self.channel_dim = keep, eps, channel_dim
+        self.groups, self.keep, self.eps, self.channel_dim = groups, keep, eps, channel_dim
         self.scaling = GroupScaling(groups, eps, channel_dim)
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -157,6 +163,10 @@ class PowerNormV(nn.Module):
                 self.running_moment.lerp_(moment.to(self.running_moment.dtype), 1 - self.keep)
         y = y / torch.sqrt(moment + self.eps) * self.weight + self.bias
         return y.movedim(-1, self.channel_dim).to(x.dtype)
+
+    def reset_running_stats(self) -> None:
+        """The running value as it begins."""
+        self.running_moment.fill_(1)
 
     def evaluation_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), each [C]: what evaluation does to a channel after GroupScaling."""

@@ -131,6 +131,12 @@ class UnifiedNorm(nn.Module):
         self.gradient_average.lerp_(mean.to(self.gradient_average.dtype), 1 - self.momentum)
         return mean if skip else self.gradient_average.clone()
 
+    def reset_running_stats(self) -> None:
+        """Averages and windows as they begin."""
+        self.running_moment.fill_(1)
+        for buffer in (self.gradient_average, self.recent_moments, self.recent_gradients, self.batches, self.skipped):
+            buffer.zero_()
+
     def evaluation_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), each [C]: what evaluation does to a channel."""
         return self.weight / torch.sqrt(self.running_moment + self.eps), self.bias

@@ -19,9 +19,10 @@ from search_spaces.layered import with_layers
 from search_spaces.layers.catalog import layer
 from search_spaces.layers.module import GraphLayer
 from search_spaces.layers.space import LayerSpace
-from search_spaces.primitives.registry import ACTIVATIONS, NORMS, identity
+from search_spaces.primitives.registry import ACTIVATIONS, NORMS
 from search_spaces.registry import load_space
 
+identity = ACTIVATIONS["identity"]
 TOOLKIT = {"nas", "search_spaces", "zero_cost", "benchmarks", "predictors", "kernels", "torch_geometric"}
 SMALL = {
     "nas-bench-201": {"channels": 4, "cells_per_stage": 2},

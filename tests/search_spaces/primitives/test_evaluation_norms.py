@@ -183,7 +183,7 @@ def test_adab2n_weighs_tasks():
     assert module.theta.grad[:2].abs().min() > 0
     assert module.theta.grad[2] == 0
     module.set_tasks(torch.tensor([0, 0, 2, 2, 2, 2]))
-    weights = module.sample_weights(module.tasks)
+    weights = module.sample_weights(module.batch_tasks)
     missing = math.exp(-1.0) / (sum(math.exp(t) for t in (0.5, -1.0, 2.0)) + 6)
     assert weights.sum().item() == pytest.approx(1 - missing)
 
