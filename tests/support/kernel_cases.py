@@ -99,7 +99,7 @@ def check(case: Case, rounding: float = 1e-12) -> None:
     wanted, found = expected(case), by_programs(case)
     assert found.keys() == wanted.keys()
     if case.stats is None and found["y"].isfinite().all() and not wanted["y"].isfinite().all():
-        # The standard deviation of one infinite number is NaN to torch; to programs and `simplify` it is that of no spread.
+        # Of one infinite number alone, torch's deviation is NaN; programs and `simplify` know that there is no spread.
         wanted = expected(replace(case, graph=simplify(case.graph)))
     largest = max(1.0, *(float(w[w.isfinite()].norm()) for name, w in wanted.items() if name != "y"))
     for name, want in wanted.items():
