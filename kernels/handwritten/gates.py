@@ -17,7 +17,7 @@ from kernels.handwritten.activations import ACTIVATIONS
 from kernels.handwritten.launch import aligned, ceil_div, kernels, mode, on_device, power_of_two, warps_for, wide
 
 BLOCK = 1024
-LONGEST_FORWARD, LONGEST_BACKWARD = 32768, 16384  # columns of a row of PolyNorm held in registers
+LONGEST_FORWARD, LONGEST_BACKWARD = 32768, 8192  # columns of a row of PolyNorm held in registers
 
 
 def _halves(x: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 Each runs Triton on CUDA and the eager functions elsewhere, inside the operator: `torch.compile`, `torch.export`,
 checkpointing and dynamic shapes see one opaque node either way. Types: out as in; parameters of any type; there is no
-autocast rule, so autocast changes nothing (torch's own layer_norm and group_norm go to float32). Double backward has
-no formula and raises; gradient penalties use torch's own layers. Results never alias each other or an input.
+autocast rule, so autocast changes nothing (torch's own layer_norm and group_norm go to float32). A second derivative
+raises NotImplementedError: gradient penalties use torch's own layers. Results never alias each other or an input.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ def _define(schema: str, run: Callable, fake: Callable) -> None:
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     register_fake(f"nasforge::{name}", fake, lib=_library)
+    if name.endswith("_backward"):
+        register_autograd(f"nasforge::{name}", _no_second_derivative, lib=_library)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise NotImplementedError("the second derivative of a handwritten layer; use torch's own layers for it")
 
 
 def _wide_type(x: Tensor) -> torch.dtype:
@@ -55,7 +61,7 @@ def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1, x.shape[-1])
+    return x.contiguous().view(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _row_norm(x, residual, weight, bias, centred, eps, act, alpha):
@@ -186,8 +192,8 @@ def _moved(x: Tensor, dim: int) -> bool:
 def _packed(x: Tensor, dim: int) -> Tensor:
     """[rows, 2 columns], the gate first: a view where x is dense."""
     if _moved(x, dim):
-        return x.movedim(1, -1).reshape(-1, x.shape[1])
-    return x.contiguous().view(math.prod(x.shape[:dim]), -1)
+        return x.movedim(1, -1).reshape(x.numel() // x.shape[1], x.shape[1])
+    return x.contiguous().view(math.prod(x.shape[:dim]), math.prod(x.shape[dim:]))
 
 
 def _half(x: Tensor, dim: int) -> list[int]:
@@ -202,7 +208,7 @@ def _unpacked(flat: Tensor, shape: Sequence[int], moved: bool) -> Tensor:
 
 def _one_row(x: Tensor, moved: bool) -> Tensor:
     """All of x in the order of its memory."""
-    return (x.movedim(1, -1) if moved else x).contiguous().view(1, -1)
+    return (x.movedim(1, -1) if moved else x).contiguous().view(1, x.numel())
 
 
 def _gated(x, value, dim, act, alpha):

@@ -50,11 +50,11 @@ def _spread(statistic: Tensor, x: Tensor, groups: int) -> Tensor:
 
 def _reduce(value: Tensor, groups: int) -> Tensor:
     """The mean of [N, C, S] over what shares statistics."""
-    return value.view(value.shape[0] * groups, -1).mean(-1) if groups else value.mean((0, 2))
+    return value.unflatten(1, (groups, -1)).mean((2, 3)).flatten() if groups else value.mean((0, 2))
 
 
 def _flat(x: Tensor) -> Tensor:
-    return wide(x.reshape(x.shape[0], x.shape[1], -1)).contiguous()
+    return wide(x.flatten(2) if x.dim() > 2 else x[:, :, None]).contiguous()
 
 
 def eager_forward(
@@ -206,7 +206,20 @@ def forward(
             if shape.fits(LARGEST_FORWARD):
                 grid = (shape.samples * groups,)
                 source.group_forward[grid](
-                    x, other, weight, bias, y, mean, var, *sizes, groups, eps, alpha, **flags, **shape.group_tile
+                    x,
+                    other,
+                    weight,
+                    bias,
+                    y,
+                    mean,
+                    var,
+                    *sizes,
+                    groups,
+                    shape.width,
+                    eps,
+                    alpha,
+                    **flags,
+                    **shape.group_tile,
                 )
                 return y, mean, var
             parts = x.new_empty(shape.samples * shape.splits * shape.channels, dtype=torch.float32)
@@ -273,7 +286,7 @@ def backward(
     with on_device(x):
         if resident:
             source.group_backward[(shape.samples * groups,)](
-                *tensors, *results, sums, products, *sizes, eps, alpha, **flags, **shape.group_tile
+                *tensors, *results, sums, products, *sizes, shape.width, eps, alpha, **flags, **shape.group_tile
             )
         else:
             flags["BATCH"] = groups == 0

@@ -260,9 +260,9 @@ def grad_sums(
         dz = tl.where(mask, dz, 0.0)
         total += tl.sum(dz, 1)
         product += tl.sum(tl.where(mask, dz * xhat, 0.0), 1)
-    at = (n * splits + split) * C + c
-    tl.store(sum_ptr + at, total, mask=c < C)
-    tl.store(product_ptr + at, product, mask=c < C)
+    part = (n * splits + split) * C + c
+    tl.store(sum_ptr + part, total, mask=c < C)
+    tl.store(product_ptr + part, product, mask=c < C)
 
 
 @triton.jit
@@ -297,9 +297,9 @@ def grad_apply(
     """dx from the sums of dz and dz xhat over what shares the statistics; groups' sums are weighted already."""
     S = SC if SC else S
     n, c, split, sc, ss = tile_of(tl.num_programs(0) - 1 - tl.program_id(0), C, S, splits, LAST, BC)
-    mean, rstd, weight, bias, at = scale_of(n, c, C, G, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, BATCH)
-    mean_dz = tl.load(sum_ptr + at, mask=c < C, other=0.0) / count
-    mean_product = tl.load(product_ptr + at, mask=c < C, other=0.0) / count
+    mean, rstd, weight, bias, statistic = scale_of(n, c, C, G, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, BATCH)
+    mean_dz = tl.load(sum_ptr + statistic, mask=c < C, other=0.0) / count
+    mean_product = tl.load(product_ptr + statistic, mask=c < C, other=0.0) / count
     if BATCH:
         mean_dz *= weight
         mean_product *= weight
@@ -333,6 +333,7 @@ def group_forward(
     C,
     S,
     G,
+    K,
     eps,
     alpha,
     ACT: tl.constexpr,
@@ -344,7 +345,6 @@ def group_forward(
 ):
     """One group of one sample in registers."""
     S = SC if SC else S
-    K = C // G
     group = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BC)
     s = tl.arange(0, BS)
@@ -383,6 +383,7 @@ def group_backward(
     C,
     S,
     G,
+    K,
     eps,
     alpha,
     ACT: tl.constexpr,
@@ -394,7 +395,6 @@ def group_backward(
 ):
     """One group of one sample in registers: dx, the residual's gradient, and sums of dz and dz xhat, [N, C]."""
     S = SC if SC else S
-    K = C // G
     group = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BC)
     s = tl.arange(0, BS)

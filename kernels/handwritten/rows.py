@@ -25,7 +25,7 @@ from kernels.handwritten.launch import (
     wide,
 )
 
-LARGEST_FORWARD, LARGEST_BACKWARD, PIECE = 32768, 8192, 4096
+LARGEST_FORWARD, LARGEST_BACKWARD, PIECE = 16384, 8192, 4096
 
 
 def eager_forward(

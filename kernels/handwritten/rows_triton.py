@@ -155,12 +155,6 @@ def backward_resident(
     D = DC if DC else D
     cols = tl.arange(0, BD)
     inside = cols < D
-    weight = tl.full([BD], 1.0, tl.float32)
-    bias = tl.full([BD], 0.0, tl.float32)
-    if WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    if BIAS:
-        bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.full([BD], 0.0, tl.float32)
     dbias = tl.full([BD], 0.0, tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(R, BR), tl.num_programs(0)):
@@ -173,6 +167,13 @@ def backward_resident(
             xhat -= tl.load(mean_ptr + rows, mask=rows < R, other=0.0)[:, None]
         xhat = tl.where(mask, xhat * rstd, 0.0)
         dz = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        # Loaded for every block: from the cache, rather than kept in registers that long rows have none of.
+        weight = tl.full([BD], 1.0, tl.float32)
+        bias = tl.full([BD], 0.0, tl.float32)
+        if WEIGHT:
+            weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         if ACT != "identity":
             dz = tl.where(mask, dz * slope(xhat * weight[None, :] + bias[None, :], alpha, ACT), 0.0)
         dweight += tl.sum(dz * xhat, 0)

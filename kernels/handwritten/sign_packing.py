@@ -22,7 +22,7 @@ LARGEST_SHARE = 2**23  # units of one partial sum, exact in float32
 def _codes(x: Tensor) -> Tensor:
     if not x.is_floating_point() or x.dim() < 2:
         raise UserError(f"{x.dtype} {list(x.shape)}", "activations [B, ...] of a floating type")
-    return x.detach().reshape(x.shape[0], -1).contiguous()
+    return x.detach().flatten(1).contiguous()
 
 
 def eager_sign_words(x: Tensor) -> Tensor:
