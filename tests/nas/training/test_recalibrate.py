@@ -10,6 +10,7 @@ from nas.training.recalibrate import evaluating, recalibrate, statistics_layers
 from search_spaces.common.errors import UserError
 from search_spaces.layers.catalog import layer
 from search_spaces.layers.module import GraphLayer
+from search_spaces.primitives.registry import NORMS, norm_factory, primitive
 
 
 @pytest.fixture
@@ -99,3 +100,100 @@ def test_statistics_and_modes_are_restored_after_an_error(batches):
     assert model.training
     assert not model[1].training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# What the running values average, of a batch [B, C, H, W]; by hand.
+def _moment(x):
+    return x.square().mean((0, 2, 3))
+
+
+def _scaled_moment(x):
+    return _moment(x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt())
+
+
+STATISTICS = {
+    "l1-batch-norm": {
+        "running_mean": lambda x: x.mean((0, 2, 3)),
+        "running_deviation": lambda x: (x - x.mean((0, 2, 3), keepdim=True)).abs().mean((0, 2, 3)),
+    },
+    "power-norm": {"running_moment": _scaled_moment},
+    "power-norm-v": {"running_moment": _scaled_moment},
+    "unified-norm": {"running_moment": _moment},
+    "adab2n": {
+        "running_mean": lambda x: x.mean((0, 2, 3)),
+        "running_var": lambda x: x.var((0, 2, 3), correction=0),
+    },
+    "alpha-bn": {
+        "source.running_mean": lambda x: x.mean((0, 2, 3)),
+        "source.running_var": lambda x: x.var((0, 2, 3)),
+    },
+    "rep-bn": {"bn.running_mean": lambda x: x.mean((0, 2, 3)), "bn.running_var": lambda x: x.var((0, 2, 3))},
+    "ibn-a": {"batch_norm.running_mean": lambda x: x[:, 1:].mean((0, 2, 3))},
+}
+
+
+def trained(name, batches, **settings):
+    """A normalisation after a few steps, so that every average is away from its start."""
+    norm = primitive(name).make(3, **settings).train()
+    for batch in batches:
+        norm(batch.clone().requires_grad_()).square().sum().backward()
+    return norm
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_running_statistics_of_primitives_are_averages_over_batches(name, batches):
+    settings = {"power-norm": {"warmup": 2}, "unified-norm": {"warmup": 2, "window": 2}}.get(name, {})
+    norm = trained(name, batches, **settings)
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    attributes = {key: value for key, value in vars(norm).items() if isinstance(value, int | float)}
+    recalibrate(norm, batches)
+    for key, statistic in STATISTICS[name].items():
+        expected = torch.stack([statistic(b) for b in batches]).mean(0)
+        torch.testing.assert_close(norm.state_dict()[key], expected, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(before[key], expected, atol=1e-3)
+    for key, value in norm.state_dict().items():
+        if "running_" not in key and not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, before[key]), key
+    assert {key: vars(norm)[key] for key in attributes} == attributes
+    assert norm.training
+
+
+def test_every_normalisation_with_statistics_is_known():
+    for name in NORMS:
+        norm = norm_factory(name)(4)
+        keeps = [key for key, _ in norm.named_buffers() if "running_" in key]
+        assert bool(statistics_layers(norm)) == bool(keeps), name
+        found = [b for part in statistics_layers(norm) for b in part.buffers(recurse=False)]
+        assert len(keeps) <= len(found)
+        assert ("running-statistics" in primitive(name).needs) == bool(keeps), name
+
+
+@pytest.mark.parametrize("name", ["l1-batch-norm", "power-norm", "unified-norm", "adab2n", "alpha-bn"])
+def test_batch_statistics_of_primitives(name, batches):
+    """Past its warm-up a layer normalises by the batch while asked to, and nothing of it is changed."""
+    settings = {"power-norm": {"warmup": 1}, "unified-norm": {"warmup": 1, "window": 2}}.get(name, {})
+    norm = trained(name, batches, **settings)
+    before = {key: value.clone() for key, value in norm.state_dict().items()}
+    with evaluating(norm, batch_statistics=True), torch.no_grad():
+        out = norm(7 * batches[0])
+    spread = (out.abs() if name == "l1-batch-norm" else out.square()).mean((0, 2, 3))
+    torch.testing.assert_close(spread, torch.ones(3), atol=1e-3, rtol=0)
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+def test_layers_that_no_batch_reached_keep_their_statistics(batches):
+    from search_spaces.choice import Choice
+
+    choice = Choice([nn.BatchNorm2d(3), nn.BatchNorm2d(3)], "norm")
+    choice.candidates[1].running_mean.fill_(5.0)
+    recalibrate(choice, batches)
+    assert (choice.candidates[1].running_mean == 5).all()
+    assert choice.candidates[0].running_mean.abs().max() < 5
+    with pytest.raises(UserError):
+        recalibrate(choice, [])
+    assert (choice.candidates[1].running_mean == 5).all()
+    norm = choice.candidates[0]
+    before = norm.running_mean.clone()
+    with pytest.raises(RuntimeError):
+        recalibrate(choice, [batches[0], torch.zeros(2, 4, 3, 3)])
+    assert torch.equal(norm.running_mean, before)
