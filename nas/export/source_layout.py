@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,8 +55,10 @@ def add(terms: Sequence[str]) -> Sum | Code:
 
 
 def text(value: object) -> str:
-    """`value` on one line."""
-    return str(value) if isinstance(value, Code | Call | Items | Sum) else repr(value)
+    """`value` on one line, strings in double quotes."""
+    if isinstance(value, Code | Call | Items | Sum):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _argument(name: str, value: object) -> str:
