@@ -70,7 +70,7 @@ def find_architecture(reference: str) -> FoundArchitecture:
 
 
 def _trained(run: Run, which: str) -> FoundArchitecture:
-    from nas.training.runs import best_record
+    from nas.training.trained import best_record
 
     space = run.settings["task"]["space"]
     if space is None:

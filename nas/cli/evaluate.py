@@ -39,7 +39,7 @@ def evaluate(
 
     from nas.training.evaluation import evaluate_model
     from nas.training.evaluation.attack import parse_attack
-    from nas.training.runs import load_trained
+    from nas.training.trained import load_trained
 
     output = Output("evaluate", json, seed)
     chosen = None if attack is None else parse_attack(attack)

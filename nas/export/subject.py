@@ -142,7 +142,8 @@ def _untrained(
         net["in_features" if graphs else "in_channels"] = build.in_channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(build.seed)
-        model = space.build(arch, **net, **layer_factories(build.norm, build.act, build.layer))
+        layers: dict[str, Any] = layer_factories(build.norm, build.act, build.layer)
+        model = space.build(arch, **net, **layers)
     example = _graph_example(space, build) if graphs else _image_example(build)
     card = Card(
         title=f"{space.name} network",
@@ -159,7 +160,7 @@ def _untrained(
 
 
 def _trained(reference: str, build: Build) -> Subject:
-    from nas.training.runs import load_trained
+    from nas.training.trained import load_trained
 
     for name, value in vars(replace(build, seed=0)).items():
         if value not in (None, {}, 0):

@@ -21,7 +21,7 @@ HOMES = {
     "recalibrate": "nas.training.recalibrate",
     "Task": "nas.training.task",
     "train_run": "nas.training.runs",
-    "load_trained": "nas.training.runs",
+    "load_trained": "nas.training.trained",
     "save_state": "nas.training.checkpoints",
     "load_state": "nas.training.checkpoints",
 }

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
@@ -33,28 +31,13 @@ from nas.training.loop import LoopState, advance, check_model, evaluate_split, s
 from nas.training.preflight import Forecast, forecast
 from nas.training.recalibrate import statistics_layers
 from nas.training.task import Task
-from search_spaces.common.errors import RunError, UserError
+from nas.training.trained import weights_path
+from search_spaces.common.errors import UserError
 from search_spaces.common.files import atomic_write
 
 CHECKPOINT_STEPS = 1000
 Row = dict[str, float]
 Progress = Callable[[int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained network of a run, in evaluation mode, with its data."""
-
-    model: nn.Module
-    data: Dataset
-    task: Task
-    run: Run
-    record: TrialRecord
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What was measured at the end: `val_acc`, `test_acc` in percent, losses, `epochs`, `seconds`."""
-        return self.record.metrics or {}
 
 
 def train_run(
@@ -328,45 +311,3 @@ def _finite(model: nn.Module) -> bool:
     """Whether all weights and running statistics are; other buffers may hold infinities by intent."""
     statistics = [b for layer in statistics_layers(model) for b in layer.buffers()]
     return all(bool(tensor.isfinite().all()) for tensor in (*model.parameters(), *statistics))
-
-
-def weights_path(run: Run, seed: int) -> Path:
-    """The file of a seed's final weights."""
-    return run.path / "weights" / f"seed-{seed}.safetensors"
-
-
-def best_record(run: Run) -> TrialRecord:
-    """The finished training with the highest validation accuracy (training loss where nothing was validated)."""
-    done = [r for r in run.trials() if r.status == "done" and r.metrics]
-    if not done:
-        raise UserError(str(run.path), f"a training with a finished seed (nas resume {run.path})")
-    return max(done, key=lambda r: _merit(r.metrics or {}))
-
-
-def _merit(metrics: Mapping[str, float]) -> float:
-    return metrics.get("val_acc", -metrics.get("train_loss", math.inf))
-
-
-def load_trained(reference: str) -> Trained:
-    """The network that RUN, RUN:best or RUN:<number> names, with its final weights. Errors: UserError."""
-    folder, colon, which = reference.rpartition(":")
-    if not colon or Run.exists(reference):
-        folder, which = reference, "best"
-    run = Run.open(folder)
-    if run.settings.get("kind") != "training":
-        raise UserError(reference, f"a training; this run is a {run.settings.get('kind')} (nas train {reference})")
-    if which != "best" and not which.isdigit():
-        raise UserError(which, "best or the number of a seed's trial after the run's folder", "best")
-    record = best_record(run) if which == "best" else run.trial(int(which))
-    if record.status != "done":
-        raise UserError(reference, f"a finished training; this one is {record.status}")
-    task = Task.from_json(run.settings["task"])
-    data = task.open_data()
-    assert record.seed is not None
-    model = task.make_network(data, seed=record.seed, auxiliary=False)
-    path = weights_path(run, record.seed)
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise RunError(f"the weights {path} cannot be loaded: {' '.join(str(error).split())[:160]}") from error
-    return Trained(model.eval(), data, task, run, record)

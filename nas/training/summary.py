@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nas.run import Run, TrialRecord
-from nas.training.runs import best_record, weights_path
+from nas.training.trained import best_record, weights_path
 
 PARTS = ("val", "test")
 

@@ -12,8 +12,9 @@ from torch import nn
 from nas.cli.app import app
 from nas.cli.evaluate import evaluate as command
 from nas.training.recipe import Recipe
-from nas.training.runs import load_trained, train_run
+from nas.training.runs import train_run
 from nas.training.task import Task
+from nas.training.trained import load_trained
 
 
 def train(folder: Path, **settings) -> str:

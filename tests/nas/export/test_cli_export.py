@@ -103,8 +103,9 @@ def test_a_find_of_a_search(nas, tmp_path):
 
 def test_a_trained_network_with_its_weights(nas, tmp_path):
     from nas.training.recipe import Recipe
-    from nas.training.runs import load_trained, train_run
+    from nas.training.runs import train_run
     from nas.training.task import Task
+    from nas.training.trained import load_trained
 
     scale = {"channels": 4, "cells_per_stage": 1}
     recipe = Recipe(steps=3, batch_size=16)

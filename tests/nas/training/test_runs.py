@@ -21,8 +21,9 @@ from nas.training.checkpoints import checkpoints, load_state, read
 from nas.training.curves import read_curves
 from nas.training.loop import advance, evaluate_split, start
 from nas.training.recipe import Recipe
-from nas.training.runs import best_record, load_trained, train_run, weights_path
+from nas.training.runs import train_run
 from nas.training.task import Task
+from nas.training.trained import best_record, load_trained, weights_path
 from search_spaces.common.errors import RunError, UserError
 
 RECIPE = Recipe(

@@ -72,8 +72,9 @@ def test_without_weight_the_head_is_left_alone_and_never_evaluated():
 
 
 def test_weights_of_an_auxiliary_training_load_without_the_head(tmp_path):
-    from nas.training.runs import load_trained, train_run
+    from nas.training.runs import train_run
     from nas.training.task import Task
+    from nas.training.trained import load_trained
 
     space = load_space("darts")
     arch = space.encode(space.sample(np.random.default_rng(0)))
