@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 _HOMES = {
     "fuse": "kernels.fusion",
     "unfuse": "kernels.fusion",
+    "is_fused": "kernels.fusion",
     "Fused": "kernels.fusion",
     "Fusion": "kernels.fusion",
     "FusedLayer": "kernels.layer",
@@ -19,7 +20,7 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from kernels.backend import BACKENDS, obstacle
-    from kernels.fusion import Fused, Fusion, fuse, unfuse
+    from kernels.fusion import Fused, Fusion, fuse, is_fused, unfuse
     from kernels.layer import FusedLayer
     from kernels.program import Unsupported
 

@@ -107,6 +107,11 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether a model has fused modules."""
+    return any(isinstance(module, (FusedLayer, FusedNorm)) for module in model.modules())
+
+
 def _fuse_layers(model: nn.Module, backend: str) -> tuple[nn.Module, list[Fusion]]:
     """Put a FusedLayer in the place of every GraphLayer."""
     report = []

@@ -87,14 +87,14 @@ class FusedNorm(nn.Module):
 
 def _batch_norm(norm: Any, x: Tensor, behind: dict[str, Any]) -> Tensor:
     norm._check_input_dim(x)
-    running = (norm.running_mean, norm.running_var)
+    mean, var = norm.running_mean, norm.running_var
     if norm.training and recomputing():
-        running = (None, None)  # updated before
+        mean = var = None  # updated before
     elif norm.training and norm.num_batches_tracked is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
     settings: dict[str, Any] = {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps}
-    return functions.batch_norm_act(x, *running, norm.weight, norm.bias, **settings, **behind)
+    return functions.batch_norm_act(x, mean, var, norm.weight, norm.bias, **settings, **behind)
 
 
 def _row_norm(norm: Any, x: Tensor, behind: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import kernels
 from nas.training.batches import Batch, Batches, evaluation_batches, make_batches
 from nas.training.data import Dataset, Split
 from nas.training.distributed import ALONE, Processes
@@ -291,15 +292,24 @@ def check_model(model: nn.Module, data: Dataset) -> None:
         raise UserError(f"{outputs.shape[1]} outputs", expected)
 
 
+def _fuses(recipe: Recipe, model: nn.Module) -> bool:
+    """Whether the training replaces the model's layers by fused ones; not if its owner did."""
+    wanted = recipe.kernels == "triton" or (recipe.kernels == "auto" and device_of(model).type == "cuda")
+    return wanted and not kernels.is_fused(model)
+
+
 def start(model: nn.Module, data: Dataset, recipe: Recipe, *, seed: int, processes: Processes = ALONE) -> LoopState:
     """The state before the first step. seed: of the order of images, augmentation and dropout; not of the weights.
 
-    Errors: UserError if the data do not fit the recipe.
+    The layers are fused in place as the recipe says (`kernels.unfuse` undoes it). Errors: UserError if the data do not
+    fit the recipe, and for kernels=triton where no kernel can run.
     """
     batches = make_batches(data, recipe, seed=seed, processes=processes)
     device = device_of(model)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if _fuses(recipe, model):
+        kernels.fuse(model, inplace=True, backend=recipe.kernels)
     optimizer = make_optimizer(model, recipe)
     own_seed = seed + 1 + 1_000_003 * processes.rank  # dropout differs between processes
     random = {"cpu": torch.Generator().manual_seed(own_seed).get_state()}
@@ -386,4 +396,9 @@ def train(
 
     Deterministic on a CPU for one seed and one number of threads. Errors: UserError if the data do not fit.
     """
-    return result(advance(start(model, data, recipe, seed=seed), recipe, callbacks=callbacks), data, recipe)
+    fuses = _fuses(recipe, model)
+    try:
+        return result(advance(start(model, data, recipe, seed=seed), recipe, callbacks=callbacks), data, recipe)
+    finally:
+        if fuses:
+            kernels.unfuse(model)

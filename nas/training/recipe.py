@@ -12,7 +12,7 @@ from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-KERNELS = ("auto", "eager", "compile")
+KERNELS = ("auto", "triton", "eager", "compile")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Recipe:
     drop_last: leave incomplete batches out. batch_statistics: evaluate with the statistics of the evaluated batches
     instead of running ones, which lag behind in short trainings. patience: stop after so many epochs without a
     better validation accuracy and keep the best weights, None to train to the end.
-    precision: of the forward pass (autocast). kernels: `eager`, `compile` (torch.compile); `auto` is eager.
+    precision: of the forward pass (autocast). kernels: `triton` (`kernels.fuse`), `eager`, `compile` (torch.compile);
+    `auto` is triton on CUDA and eager elsewhere.
     Errors: UserError for values out of range and unknown names.
     """
 
