@@ -4,7 +4,8 @@ Normalisations with an activation and a residual, gated units, PolyNorm, and sig
 eager functions and launchers and a file `*_triton` of kernels, imported on first use: without Triton or a GPU
 everything runs eagerly. Statistics are float32; no atomics, so results repeat bit for bit on a device.
 
-EvoNorm-B0 and S0 are not here: the generated kernels read and write the same bytes (2 T and 3 T, 3 T and 5 T).
+EvoNorm-B0 and S0 are not here: they are graphs of one input, and the schedules of the generator for them are the ones
+below (whole groups in registers; sums, a merge, a pass that applies them), with the same bytes and launches.
 """
 
 from kernels.handwritten.functions import (

@@ -25,12 +25,12 @@ def have_triton() -> bool:
 def mode(x: Tensor) -> str:
     """`triton` on CUDA, `interpret` on the CPU under TRITON_INTERPRET=1, `eager` otherwise.
 
-    Eager: without Triton, for float64 and other types than float32, float16 and bfloat16, for empty tensors and for
-    samples of 2^31 elements and more.
+    Eager: without Triton, for float64 and other types than float32, float16 and bfloat16, for empty tensors, and for
+    2^31 or more samples, or elements in one.
     """
     if not have_triton() or x.dtype not in FLOATS or x.numel() == 0:
         return "eager"
-    if x.numel() // x.shape[0] >= LARGEST_SAMPLE:
+    if max(x.shape[0], x.numel() // x.shape[0]) >= LARGEST_SAMPLE:
         return "eager"
     if x.is_cuda:
         return "triton"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from kernels.handwritten import gates, planes, rows
-from kernels.handwritten.launch import is_channels_last, strides_of
+from kernels.handwritten.launch import LARGEST_SAMPLE, is_channels_last, strides_of
 
 _library = Library("nasforge", "FRAGMENT")
 _NORM = "float eps, str act, float alpha"
@@ -206,9 +206,10 @@ def _unpacked(flat: Tensor, shape: Sequence[int], moved: bool) -> Tensor:
     return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if moved else flat.view(shape)
 
 
-def _one_row(x: Tensor, moved: bool) -> Tensor:
-    """All of x in the order of its memory."""
-    return (x.movedim(1, -1) if moved else x).contiguous().view(1, x.numel())
+def _long_rows(x: Tensor, moved: bool) -> Tensor:
+    """All of x in the order of its memory: one row, or one a sample where offsets would not fit in 32 bits."""
+    rows_of_x = 1 if x.numel() < LARGEST_SAMPLE else x.shape[0]
+    return (x.movedim(1, -1) if moved else x).contiguous().view(rows_of_x, x.numel() // rows_of_x)
 
 
 def _gated(x, value, dim, act, alpha):
@@ -216,7 +217,7 @@ def _gated(x, value, dim, act, alpha):
         y = gates.gate_forward(_packed(x, dim), None, act, alpha)
         return _unpacked(y, _half(x, dim), _moved(x, dim))
     moved = is_channels_last(x)
-    y = gates.gate_forward(_one_row(x, moved), _one_row(value, moved), act, alpha)
+    y = gates.gate_forward(_long_rows(x, moved), _long_rows(value, moved), act, alpha)
     return _unpacked(y, x.shape, moved)
 
 
@@ -233,7 +234,7 @@ def _gated_backward(dy, x, value, dim, act, alpha):
         dx, dvalue = gates.gate_backward(dy.view(packed.shape[0], packed.shape[1] // 2), packed, None, act, alpha)
         return _unpacked(dx, x.shape, moved), dvalue
     moved = is_channels_last(x)
-    dy, gate, other = (_one_row(t, moved) for t in (dy, x, value))
+    dy, gate, other = (_long_rows(t, moved) for t in (dy, x, value))
     dx, dvalue = gates.gate_backward(dy, gate, other, act, alpha)
     return _unpacked(dx, x.shape, moved), _unpacked(dvalue, x.shape, moved)
 

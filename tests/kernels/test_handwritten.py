@@ -147,6 +147,20 @@ def test_export_leaves_torch_operations(tmp_path):
     torch.testing.assert_close(loaded(y), b.eval().plain(y), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_onnx_by_the_eager_branch(importable, tmp_path):
+    runtime = importable("onnxruntime")
+    importable("onnxscript")
+    a, b = nets()
+    batch = ({0: torch.export.Dim("n", min=2)},)
+    program = torch.onnx.export(a.eval(), (torch.randn(4, 3, 5, 5),), dynamo=True, dynamic_shapes=batch, verbose=False)
+    program.save(tmp_path / "net.onnx")
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    x = torch.randn(3, 3, 5, 5)
+    y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(y), b.eval().plain(x), atol=1e-5, rtol=1e-5)
+
+
 def test_checkpoint_computes_again():
     a, b = nets()
     a.norm.momentum = b.norm.momentum = 0.0  # running statistics are updated twice, as torch's are

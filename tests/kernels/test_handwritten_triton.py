@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import handwritten_cases as cases
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -99,3 +101,17 @@ def test_compiles_without_spills_with_wide_loads_and_least_bytes(tmp_path):
 @pytest.mark.slow
 def test_other_shapes_compile_without_spills(tmp_path):
     check_compiled(REST, tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", [*cases.base_cases(), *cases.long_cases(), *cases.trap_cases()], ids=lambda c: c.name)
+def test_compiled_kernels_equal_float64_and_repeat(case, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if dtype == torch.float32 or case.kind == "normal":
+        for name, error, bound in cases.errors(case, dtype, device="cuda"):
+            assert error <= bound, name
+    tensors = [t.cuda() for t in case.draw(dtype)]
+    first, second = (cases.outputs_and_gradients(case.ours, tensors) for _ in range(2))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second))
