@@ -81,6 +81,7 @@ def search(
     """Search for a layer, or with `--ops swish|pangaea` for an activation function, on your own images; the run can be
     continued, reported and exported from."""
     from nas.layers.activation_search import SETS, ActivationEvaluator, FilteredActivations
+    from nas.layers.aquasurf import BASELINES, AQuaSurF
     from nas.layers.funnel import FilteredLayers
 
     output = Output("layers search", json, seed)
@@ -89,7 +90,8 @@ def search(
     if ops in SETS:
         evaluator = ActivationEvaluator(**{**vars(evaluator), "norm": norm})
         of_set: dict[str, Any] = {"units": units} if ops == "swish" else {}
-        space = FilteredActivations(ops, first=_split_layers(first) if first else (), **of_set)
+        known = BASELINES if strategy == AQuaSurF.name and ops == "pangaea" else ()
+        space = FilteredActivations(ops, first=_split_layers(first) if first else known, **of_set)
     else:
         space = FilteredLayers(
             ops,
@@ -284,13 +286,29 @@ def show(
         "running statistics": ", ".join(buffer_names(graph).values()) or "none",
         "groups": f"{graph.group_size} channels each" if graph.group_size else f"at most {graph.groups}",
     }
+    gaussian = _gaussian(graph)
+    if gaussian:
+        lines["behind a normalisation"] = ", ".join(f"{name} {value:.4g}" for name, value in gaussian.items())
     if out is not None:
         space = LayerSpace("extended", max(1, len(graph.nodes)))
         with atomic_write(out) as file:
             file.write(draw_graph(space.graph(graph), title=layer))
         lines["drawing"] = str(out)
     output.pairs(lines)
-    output.finish({"formula": formula, "graph": graph.to_json(), "hash": graph.stable_hash()})
+    about = {"formula": formula, "graph": graph.to_json(), "hash": graph.stable_hash()}
+    output.finish({**about, "gaussian": gaussian})
+
+
+def _gaussian(graph: Any) -> dict[str, float] | None:
+    """What an activation function makes of standard normal inputs; None for a layer with aggregates, and for one
+    that is not finite."""
+    from search_spaces.layers.gauss_hermite import gain, moments
+
+    try:
+        found = moments(graph)
+        return {"mean": found.mean, "variance": found.variance, "chi": found.chi, "gain": gain(graph)[0]}
+    except UserError:
+        return None
 
 
 @app.command()

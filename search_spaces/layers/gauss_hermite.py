@@ -63,7 +63,8 @@ def values(function: Function | LayerGraph, x: np.ndarray) -> tuple[np.ndarray, 
 
 
 def moments(function: Function | LayerGraph, q: float = 1.0) -> Moments:
-    """Moments of f(z), z ~ N(0, q), to about twelve digits. Errors: UserError for q <= 0 and where f is not finite."""
+    """Moments of f(z), z ~ N(0, q), to about twelve digits. Errors: UserError for q <= 0, where f is not finite, and
+    for a pole."""
     if not (q > 0 and math.isfinite(q)):
         raise UserError(q, "a positive variance of the inputs", "1")
     z, weight = _rule(function, q)
@@ -229,6 +230,11 @@ def _rule(function: Function | LayerGraph, q: float) -> tuple[np.ndarray, np.nda
         halves = fine.reshape(fine.shape[0], -1, 2).sum(2)
         done = (np.abs(halves - whole) <= _TOLERANCE * (1 + np.abs(whole).sum(1, keepdims=True))).all(0)
         if depth == _DEEPEST - 1:
+            rest = np.abs(halves)[:, ~done].max(initial=0.0)
+            if rest > 1e-6 * (1 + np.abs(whole).sum()):
+                raise UserError(
+                    f"f near {math.sqrt(q) * middle[~done][0]:.4g}", "a function whose square is integrable"
+                )
             done[:] = True
         nodes.append(fine_z.reshape(len(panels), -1)[done].ravel())
         parts.append(fine_weight.reshape(len(panels), -1)[done].ravel())

@@ -120,6 +120,30 @@ def test_the_command_line(tmp_path):
     torch.testing.assert_close(space["Found"](4)(x), torch.nn.functional.silu(x))
 
 
+def test_show_says_what_becomes_of_gaussian_inputs():
+    def shown(layer: str):
+        return json.loads(CliRunner().invoke(app, ["layers", "show", layer, "--json"]).stdout)["gaussian"]
+
+    found = shown("relu(x)")
+    assert found["mean"] == pytest.approx((2 * np.pi) ** -0.5)
+    assert found["chi"] == pytest.approx(0.5)
+    assert found["gain"] == pytest.approx(2**0.5)
+    assert shown("bn-relu") is None
+    assert shown("1 /{eps=0} x") is None
+
+
+def test_aquasurf_on_the_command_line(tmp_path):
+    arguments = ["layers", "search", "--ops", "pangaea", "--strategy", "aquasurf", "--setting", "pool=9"]
+    arguments += ["--setting", "begin=3", "--budget", "4", "--steps", "5", "--out", str(tmp_path / "r"), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    space = space_from(json.loads((tmp_path / "r" / "settings.json").read_text()))
+    records = load_result(tmp_path / "r").records
+    assert [space.readable(space.decode(r.arch)) for r in records[:3]] == ["elu(x)", "relu(x)", "selu(x)"]
+    wrong = CliRunner().invoke(app, [*arguments[:2], "--strategy", "aquasurf", "--budget", "1"])
+    assert isinstance(wrong.exception, UserError)
+
+
 def test_what_is_refused():
     with pytest.raises(UserError, match="pangaea"):
         FilteredActivations("pangea")

@@ -163,6 +163,8 @@ def test_gains_keep_the_variance_of_a_deep_network():
 def test_what_is_refused():
     with pytest.raises(UserError, match="finite"):
         moments(lambda x: 1 / (x - 0.4142).abs().clamp(min=0.5).sub(0.5))
+    with pytest.raises(UserError, match="square is integrable"):
+        moments(parse_formula("1 /{eps=0} x", affine=False))
     with pytest.raises(UserError, match="positive variance"):
         moments(activation("relu"), 0.0)
     with pytest.raises(UserError, match="aggregates"):
