@@ -3,7 +3,7 @@
 torch.compile, torch.export, checkpointing and dynamic shapes see one opaque node, whether Triton or the reference
 executes it. The result has the type and the memory layout of x; statistics are float32 (float64 for float64). There is
 no autocast rule: what comes in half precision leaves in it, while torch's own norms go to float32. Outputs alias
-neither each other nor inputs. Double backward has no formula and raises; take `evaluate` for gradient penalties.
+neither each other nor inputs. A second derivative raises; gradient penalties take unfused layers.
 Statistics are those of this process: who wants those of all processes keeps the unfused layer.
 """
 
@@ -87,37 +87,42 @@ def _run(
     program: Program, x: Tensor, inputs: dict[str, Tensor], layout: str, flat: bool, groups: int, reference: bool
 ) -> list[Tensor]:
     """The outputs of a program on a layer's tensors; x, dy, y and dx have the layer's shape."""
+    if x.numel() == 0:  # sums of nothing
+        return [torch.zeros_like(output) for output in _fake(program, x, layout, flat, groups)]
     given = {**inputs, "x": to_program(x, layout, flat)}
     if "dy" in inputs:
         given["dy"] = to_program(inputs["dy"], layout, flat)
-    if not reference and x.numel() and by_kernels(x):
-        try:
-            return _by_triton(program, x, given, layout, flat, groups)
-        except Unsupported as error:
-            _warn_once(program.structural_hash, str(error))
-    found = execute(program, given, groups=groups)
-    taken = {t.untyped_storage().data_ptr() for t in (x, *inputs.values())}
+    found = None if reference or not by_kernels(x) else _by_triton(program, given, groups)
+    by_torch = found is None
+    if found is None:
+        found = execute(program, given, groups=groups)
+    taken = {t.untyped_storage().data_ptr() for t in (x, *inputs.values())} if by_torch else set()
     outputs = []
     for name, value in found.items():
-        if name not in ("y", "dx"):
-            outputs.append(value.clone(memory_format=torch.contiguous_format))
-            continue
-        value, strides = from_program(value, x.shape, layout, flat), strides_for(x)
-        if value.stride() != strides or value.untyped_storage().data_ptr() in taken:
-            value = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(value)
+        if name in ("y", "dx"):
+            value, strides = from_program(value, x.shape, layout, flat), strides_for(x)
+            if value.stride() != strides or value.untyped_storage().data_ptr() in taken:
+                value = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(value)
+        elif by_torch:  # values of the reference may be views of each other
+            value = value.clone(memory_format=torch.contiguous_format)
         outputs.append(value)
     return outputs
+
+
+def _by_triton(program: Program, given: dict[str, Tensor], groups: int) -> dict[str, Tensor] | None:
+    """The outputs by generated kernels; None where there are none for this program and shape."""
+    from kernels import runtime  # imports Triton
+
+    try:
+        return runtime.run(program, given, groups=groups)
+    except Unsupported as error:
+        _warn_once(program.structural_hash, str(error))
+        return None
 
 
 @functools.lru_cache(_KEPT)
 def _warn_once(digest: str, reason: str) -> None:
     _log.warning("a layer runs by torch operations, kernels cannot express it: %s", reason)
-
-
-def _by_triton(
-    program: Program, x: Tensor, given: dict[str, Tensor], layout: str, flat: bool, groups: int
-) -> list[Tensor]:
-    raise Unsupported("a program", "generated kernels")
 
 
 def _fake(program: Program, x: Tensor, layout: str, flat: bool, groups: int) -> list[Tensor]:
@@ -214,3 +219,11 @@ def _autograd(ctx, gradients: Sequence[Tensor | None]):
 
 
 register_autograd("nasforge::graph_forward", _autograd, setup_context=_setup, lib=_library)
+
+
+def _twice(ctx, *gradients):
+    # Without a formula torch would only warn, and leave the gradient's gradient out.
+    raise RuntimeError("fused layers have no second derivatives; `kernels.unfuse` the model or use backend='eager'")
+
+
+register_autograd("nasforge::graph_backward", _twice, lib=_library)
