@@ -197,10 +197,8 @@ def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], 
     lines |= {"epochs": int(metrics["epochs"]), "seconds": metrics["train_seconds"], "weights": summary.checkpoint}
     lines["run"] = str(out)
     output.pairs(lines)
-    after = (
-        f"report: nas report {out}    measure: nas evaluate {out}    take it home: nas export {out}:best --to model.py"
-    )
-    output.say(f"\n{after}", style="dim")
+    output.say(f"\nreport: nas report {out}    measure: nas evaluate {out}", style="dim")
+    output.say(f"take it home: nas export {out}:best --to model.py", style="dim")
     output.finish({"run": str(out), **summary.as_json()})
 
 
