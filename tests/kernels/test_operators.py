@@ -5,7 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import logging
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from kernels.layer import FusedLayer, make_source
 from kernels.program import Unsupported
 from search_spaces.common.errors import UserError
@@ -431,3 +438,39 @@ def test_graphs_that_kernels_cannot_express():
     graph = parse_formula("x / std[channel](x) + mean[instance](x)")
     with pytest.raises(Unsupported, match="over positions"):
         FusedLayer(graph, 8)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------
+
+
+def test_fused_models_in_the_interpreter(importable):
+    """Generated and handwritten kernels below fused modules, against float64."""
+    importable("triton")
+    script = Path(__file__).parents[1] / "support" / "fused_models.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "10 layers agree" in done.stdout
+
+
+def test_graphs_without_kernels_run_by_torch_and_say_so(monkeypatch, caplog):
+    """Where the runtime refuses a program, the reference runs it."""
+    from kernels import operators
+    from kernels.program import Unsupported
+
+    def refuse(*_, **__):
+        raise Unsupported("this shape", "another")
+
+    monkeypatch.setitem(sys.modules, "kernels.runtime", SimpleNamespace(run=refuse))
+    monkeypatch.setattr(kernels, "runtime", SimpleNamespace(run=refuse), raising=False)
+    monkeypatch.setattr(operators, "by_kernels", lambda x: True)
+    operators._warn_once.cache_clear()
+    fused, plain = make("evonorm-s0")
+    fused.backend = "auto"
+    monkeypatch.setattr("kernels.layer.by_operator", lambda x, backend: True)
+    x = normal(2, 8, 3, 3)
+    with caplog.at_level(logging.WARNING, "nasforge.kernels"):
+        for _ in range(2):
+            assert_near(fused(x), plain(x))
+    assert len(caplog.records) == 1
+    assert "this shape" in caplog.text
