@@ -252,9 +252,9 @@ class _TileKernel(Lines):
             elif self.stages.is_stored(at, self.j):
                 self.names[at] = self.load(at)
             elif node.op in REDUCTIONS:
-                sum_, mean, squares = self.reduce_here(node.args[0], node.axes, node.op == "var")
+                total, _, squares = self.reduce_here(node.args[0], node.axes, node.op == "var")
                 self.names[at] = f"v{at}"
-                self.add(f"v{at} = {sum_ if node.op == 'sum' else f'{squares} / {self.count(node.axes)}'}")
+                self.add(f"v{at} = {total if node.op == 'sum' else f'{squares} / {self.count(node.axes)}'}")
             else:
                 self.names[at] = self.elementwise(at, [self.value(a) for a in node.args])
         return self.names[at]
@@ -429,7 +429,9 @@ class _TileKernel(Lines):
         for stem, value in zip("pq", pair, strict=True):
             if value:
                 name = f"{stem}{partial.value}"
-                index = f"{self.index(space)} * splits + split" if partial.axes & S else self.index(space)
+                index = self.index(space)
+                if partial.axes & S:
+                    index += f" + split * {self.number(f'size_{axes_text(space)}')}"
                 address = f"{self.pointer(name)} + {index}"
                 address += "" if any(self.dims(space)) else f" + tl.zeros({self.ones}, tl.int32)"
                 self.store(address, value, space, name)
@@ -442,8 +444,8 @@ class _TileKernel(Lines):
         if form.fixed:
             runtime.remove(unit)
         constants = [*([unit] if form.fixed else []), "K", *(f"B{dim}" for dim in form.dims)]
-        free = [name for name in runtime if name != unit]
         arguments = [*self.pointers, *runtime, *self.numbers]
+        free = [name for name in (*runtime, *self.numbers) if name != unit and not name.startswith(("count", "scalar"))]
         signature = ", ".join([*arguments, *(f"{name}: tl.constexpr" for name in constants)])
         decorator = f"@triton.jit(do_not_specialize={free!r})"
         text = "\n".join([decorator, f"def {self.name}({signature}):", *self.lines, ""])

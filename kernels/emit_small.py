@@ -8,19 +8,19 @@ sample variances, 1979): the squares of the parts plus those of the distances of
 from __future__ import annotations
 
 from kernels.emit import Lines, Source
-from kernels.program import C, G, K, N, S
+from kernels.program import C, G, K, N, S, axes_text
 from kernels.stages import Level, Partial, Stages
 
 
-def emit_level(stages: Stages, level: Level, name: str) -> Source:
-    """The kernel of one level of small values."""
-    return _LevelKernel(stages, level, name).emit()
+def emit_level(stages: Stages, level: Level, split: frozenset[int], name: str) -> Source:
+    """The kernel of one level of small values. split: the tile kernels whose positions several programs share."""
+    return _LevelKernel(stages, level, split, name).emit()
 
 
 class _LevelKernel(Lines):
-    def __init__(self, stages: Stages, level: Level, name: str):
+    def __init__(self, stages: Stages, level: Level, split: frozenset[int], name: str):
         super().__init__(stages.program, "[1, 1]")
-        self.stages, self.level, self.name = stages, level, name
+        self.stages, self.level, self.split, self.name = stages, level, split, name
         self.spaces = stages.program.spaces
         self.rename: dict[str, str] = {}  # of the coordinates that a loop goes over
         self.loaded: set[str] = set()  # partials that the present pass has loaded
@@ -69,7 +69,7 @@ class _LevelKernel(Lines):
     def loop(self, axes: int, stage: int | None, reductions: list[int]) -> None:
         sizes = [*(["C"] if axes & C == C else ["G"] if axes & C == G else ["K"] if axes & C else [])]
         sizes += [self.number("N")] if axes & N else []
-        sizes += [self.number(f"splits{stage}")] if stage is not None else []
+        sizes += [self.number(f"splits{stage}")] if stage in self.split else []
         self.add(f"size = {' * '.join(sizes) or '1'}")
         centred = [at for at in reductions if self.program.nodes[at].op == "var"]
         for at in reductions:
@@ -96,7 +96,7 @@ class _LevelKernel(Lines):
         self.indent += 1
         self.add("q = i * BQ + tl.arange(0, BQ)[:, None]")
         self.add("inside = (q < size) & in_r")
-        if stage is not None:
+        if stage in self.split:
             self.add(f"split = q % splits{stage}")
             self.add(f"q = q // splits{stage}")
             chunk = self.number(f"chunk{stage}")
@@ -126,18 +126,20 @@ class _LevelKernel(Lines):
         if partial is None:
             return self.value(value, "inside", "[BQ, BR]"), "", ""
         space = self.spaces[value] & ~partial.axes
-        split = partial.axes & S
+        split = partial.axes & S and self.stages.place[value][0] in self.split
         names = []
         for stem in "pq" if partial.var else "p":
             pointer = self.pointer(f"{stem}{value}")
             if pointer not in self.loaded:
                 self.loaded.add(pointer)
                 index = self.index(space, "[BQ, BR]")
-                index = f"({index}) * splits{self.stages.place[value][0]} + split" if split else index
+                index += f" + split * {self.number(f'size_{axes_text(space)}')}" if split else ""
                 self.add(f"{pointer}_part = tl.load({pointer} + {index}, mask=inside, other=0.0).to(tl.float32)")
             names.append(f"{pointer}_part")
         if not partial.var:
             return names[0], "", ""
+        if not split:
+            return names[0], self.count(partial.axes), names[1]
         channels = partial.axes & C
         return names[0], f"(positions * {self.count(channels)})" if channels else "positions", names[1]
 
@@ -170,11 +172,7 @@ class _LevelKernel(Lines):
         runtime = ["C", "S", "G", "R"]
         constants = ["K", "BQ", "BR"]
         arguments = [*self.pointers, *runtime, *self.numbers]
-        free = [
-            name
-            for name in arguments
-            if not name.startswith(("in_", "out_", "scalar_", "count_")) and name[0] not in "rpq"
-        ]
+        free = [*runtime, *(name for name in self.numbers if not name.startswith(("scalar", "count")))]
         signature = ", ".join([*arguments, *(f"{name}: tl.constexpr" for name in constants)])
         decorator = f"@triton.jit(do_not_specialize={free!r})"
         text = "\n".join([decorator, f"def {self.name}({signature}):", *self.lines, ""])

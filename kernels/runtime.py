@@ -41,10 +41,11 @@ def run(
 
     inputs: as for `kernels.reference.execute`: `x` and `dy` [N, C, S] of one of DTYPES, positions or channels with
     the unit stride (others are copied), everything else of its space's shape, in any floating type. The outputs of
-    all axes have the type and layout of x, others are float32; none shares memory with another. schedule and
-    tile: as for `kernels.schedule.plan`. Errors: UserError for inputs that do not fit, Unsupported for what kernels cannot run.
+    all axes have the type and layout of x, others are float32; none shares memory with another. schedule,
+    tile: as for `kernels.schedule.plan`. Errors: UserError for inputs that do not fit, Unsupported for what kernels
+    cannot run.
     """
-    x = inputs["x"] if "x" in inputs else None
+    x = inputs.get("x")
     if x is None or x.ndim != 3 or x.layout != torch.strided or x.is_quantized:
         raise UserError("x" if x is None else f"x {tuple(x.shape)} {x.layout}", "a dense tensor x [N, C, S]")
     if x.dtype not in DTYPES:
@@ -180,6 +181,8 @@ def _compile(program: Program, chosen: Plan) -> Compiled:
                 arguments.append(Scalar(int(rest)))
             elif kind == "count" and rest:
                 arguments.append(float(math.prod(_sizes(shape, parse_axes(rest)))))
+            elif kind == "size" and rest:
+                arguments.append(math.prod(_sizes(shape, parse_axes(rest))))
             elif name in known:
                 arguments.append(known[name])
             else:

@@ -75,13 +75,19 @@ class Plan:
                 assert launch.form is not None
                 found.append(emit_tile(self.stages, launch.kernel, launch.form, name))
             else:
-                found.append(emit_level(self.stages, launch.kernel, name))
+                found.append(emit_level(self.stages, launch.kernel, self.split, name))
         return found
+
+    @property
+    def split(self) -> frozenset[int]:
+        """The tile kernels whose positions several programs share."""
+        tiles = ((launch.kernel, dict(launch.numbers)) for launch in self.launches)
+        return frozenset(k.stage for k, numbers in tiles if isinstance(k, Tile) and numbers["splits"] > 1)
 
     def form_key(self) -> str:
         """What the text depends on beside the program."""
         forms = [launch.form for launch in self.launches]
-        return repr((self.stages.own, self.shape.rows, forms))
+        return repr((self.stages.own, self.shape.rows, forms, sorted(self.split)))
 
 
 def plan(
@@ -253,5 +259,5 @@ def _level_launch(stages: Stages, level: Level, shape: Shape, numbers: dict[str,
         results *= size if level.space & axis else 1
     block = min(_power(results), 64)
     used = {**numbers, "R": results}
-    constants = {"BQ": 1024 // block, "BR": block}
+    constants = {"BQ": 512 // block, "BR": block}
     return Launch(level, None, -(-results // block), tuple(constants.items()), tuple(used.items()), 4)

@@ -130,7 +130,7 @@ class Stages:
         node = self.program.nodes[at]
         if node.op == "input":
             return True
-        if node.op not in REDUCTIONS or at in self.local and self.program.spaces[at] & S:
+        if node.op not in REDUCTIONS or (at in self.local and self.program.spaces[at] & S):
             return False
         return at not in self.local or self.place[at][0] < j
 
