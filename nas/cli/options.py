@@ -59,8 +59,8 @@ Changes = Annotated[
 Scale = Annotated[
     list[str] | None, typer.Option("--scale", help="NAME=VALUE of the network, such as channels=8; repeatable.")
 ]
-Norm = Annotated[str | None, typer.Option("--norm", help="Every normalisation; `nas layers list` names layers.")]
-Act = Annotated[str | None, typer.Option("--act", help="Every activation.")]
+Norm = Annotated[str | None, typer.Option("--norm", help="Every normalisation, see `nas primitives list`; or a layer.")]
+Act = Annotated[str | None, typer.Option("--act", help="Every activation, see `nas primitives list`.")]
 Layer = Annotated[str | None, typer.Option("--layer", help="One layer for both: a name, a formula, RUN:best.")]
 ValShare = Annotated[float | None, typer.Option("--val-share", help="Of the training images (default: the preset's).")]
 

@@ -122,9 +122,12 @@ NORMS, ACTIVATIONS = Factories(NORM), Factories(ACT)
 
 
 def misfit(found: Primitive, role: str) -> str | None:
-    """Why a primitive cannot be the `norm=` or `act=` of an image network, None if it can. role: NORM or ACT."""
+    """Why a primitive cannot be the `norm=` or `act=` of an image network, None if it can. role: NORM or ACT.
+
+    The words that follow the role, with what this one is in brackets at the end.
+    """
     if found.kind == "gate":
-        return "that keeps the channels (a gate takes twice as many and gives half)"
+        return "that keeps the channels (a gate takes twice the channels and gives half)"
     if found.kind == "placement":
         return "that is complete (a placement wraps the branch of a residual block)"
     if "channels-first" not in found.layouts:
