@@ -36,6 +36,7 @@ BASELINES = ("elu", "relu", "selu", "sigmoid", "softplus", "softsign", "silu", "
 SETTINGS = {"population": 24, "tournament": 6}
 OBJECTIVE = "resnet_train_loss"  # ranks short trainings better than their accuracy
 KNOWN = ("relu", "gelu", "silu")
+CONTROL = "relu(x + x + x)"  # ReLU as steep as what was found: is it the shape or the scale?
 ANCHORS = ("resnet", "vgg")  # the search's, and one that it did not see
 RATES = (0.1, 0.2)
 INTERVAL = 2.776  # Student's t, 4 degrees of freedom, two-sided 95 %
@@ -102,7 +103,9 @@ def finals(functions: dict[str, LayerGraph], given: argparse.Namespace) -> list[
             by_rate = {r: [measure(graph, anchor, r, s, given) for s in range(given.seeds)] for r in RATES}
             rate = max(RATES, key=lambda r: statistics.mean(m["val_acc"] for m in by_rate[r]))
             test = [m["test_acc"] for m in by_rate[rate]]
-            rows.append({"function": name, "anchor": anchor, "learning_rate": rate, "test_accs": test})
+            rows.append(
+                {"function": name, "anchor": anchor, "learning_rate": rate, "test_accs": [round(t, 2) for t in test]}
+            )
             half = INTERVAL * statistics.stdev(test) / len(test) ** 0.5
             rows[-1] |= {"test_acc": statistics.mean(test), "interval": half}
             print(f"{anchor:8s} {name:40s} rate {rate:g}  test {rows[-1]['test_acc']:.2f} ± {half:.2f}", flush=True)
@@ -114,7 +117,7 @@ def paired(rows: list[dict], found: str) -> list[dict]:
     differences = []
     for anchor in ANCHORS:
         by_name = {row["function"]: row["test_accs"] for row in rows if row["anchor"] == anchor}
-        for name in KNOWN:
+        for name in (*KNOWN, CONTROL):
             gaps = [a - b for a, b in zip(by_name[found], by_name[name], strict=True)]
             half = INTERVAL * statistics.stdev(gaps) / len(gaps) ** 0.5
             differences.append({"anchor": anchor, "against": name, "mean": statistics.mean(gaps), "interval": half})
@@ -162,7 +165,7 @@ def main() -> None:
     ranked = rerank(run_search(given), given)
     found = ranked[0]
     draw(found["graph"], given.out / "found.svg")
-    functions = {"found": found["graph"], **{name: activation(name) for name in KNOWN}}
+    functions = {"found": found["graph"], **{name: activation(name) for name in (*KNOWN, CONTROL)}}
     rows = finals(functions, given)
     about = {"steps": given.final_steps, "found": found["function"], "graph": found["graph"].to_json()}
     about |= {"reranked": [{k: row[k] for k in ("function", "val_acc")} for row in ranked]}
