@@ -16,6 +16,7 @@ import json
 import statistics
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def run_search(given: argparse.Namespace) -> list[LayerGraph]:
         space, evaluator, budget=given.budget, objectives=OBJECTIVE, seed=0, out=given.out / "run",
         strategy_settings=SETTINGS,
     )  # fmt: skip
-    trained = [
+    trained: list[dict[str, Any]] = [
         {"function": space.readable(space.decode(r.arch)), "arch": r.arch, **(r.metrics or {})}
         for r in result.records
         if r.status == "done"
