@@ -98,7 +98,7 @@ def test_a_find_of_a_search(nas, tmp_path):
     assert f"`run, trial {best['trial']}`" in card
     again = nas("export", "run:best", *TINY, "--to", "net.py")
     assert again[0] == 2
-    assert "a file that does not exist (force replaces it)" in again[2]
+    assert "a file that does not exist (--force replaces it)" in again[2]
 
 
 def test_a_trained_network_with_its_weights(nas, tmp_path):
