@@ -55,9 +55,11 @@ def resolve(backend: str) -> str:
 
 def by_kernels(x: Tensor) -> bool:
     """Whether Triton kernels run on `x`: its type, its device and what is installed."""
-    if x.dtype not in FLOATS or not HAVE_TRITON:
-        return False
-    return INTERPRETED if x.device.type == "cpu" else x.is_cuda and COMPILER is not None
+    if x.is_cuda:
+        here = HAVE_TRITON and COMPILER is not None
+    else:
+        here = INTERPRETED and x.device.type == "cpu"
+    return here and x.dtype in FLOATS
 
 
 def by_operator(x: Tensor, backend: str) -> bool:
@@ -65,9 +67,11 @@ def by_operator(x: Tensor, backend: str) -> bool:
 
     The latter also while a model is exported, so that other runtimes can read it.
     """
-    if backend in ("eager", "compile") or x.dtype not in FLOATS or _exporting() or torch.jit.is_tracing():
-        return False
-    return backend == "reference" or by_kernels(x)
+    if backend == "reference":
+        wanted = x.dtype in FLOATS
+    else:
+        wanted = backend in ("auto", "triton") and by_kernels(x)
+    return wanted and not _exporting() and not torch.jit.is_tracing()
 
 
 def recomputing() -> bool:
