@@ -21,7 +21,7 @@ NORM_CALLS = BATCH_NORM_CALLS | {
     F.instance_norm, F.group_norm, F.layer_norm, torch.instance_norm, torch.group_norm, torch.layer_norm
 }  # fmt: skip
 EMBEDDING_CALLS = frozenset({F.embedding})
-POOLING_CALLS = frozenset({F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d})
+POOLING_CALLS = frozenset({F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d})
 MEAN_CALLS = frozenset({torch.mean, torch.Tensor.mean})
 ZERO_CALLS = frozenset({torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__})
 

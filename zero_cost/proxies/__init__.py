@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from zero_cost.definition import Proxy
-from zero_cost.proxies import activations, counts, gradients, jacobian, synflow
+from zero_cost.proxies import activations, counts, features, gradients, jacobian, ntk, synflow
 
-_MODULES = (counts, gradients, synflow, jacobian, activations)
+_MODULES = (counts, gradients, synflow, jacobian, activations, ntk, features)
 PROXIES: Mapping[str, Proxy] = MappingProxyType(
     {found.name: found for module in _MODULES for found in vars(module).values() if isinstance(found, Proxy)}
 )
