@@ -295,6 +295,8 @@ class _TileKernel(Lines):
                 self.loop(number, finished)
         else:
             self.positions("split * BS", "tl.minimum(split * BS + BS, S)")
+            for at in self.stages.local_reductions(self.tile):  # first, so that less waits for them in registers
+                self.value(at)
             for partial in self.tile.partials:
                 self.finish_here(partial, finished)
             for output, at in self.tile.outputs:

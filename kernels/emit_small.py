@@ -7,40 +7,60 @@ sample variances, 1979): the squares of the parts plus those of the distances of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kernels.emit import Lines, Source
 from kernels.program import C, G, K, N, S, axes_text
 from kernels.stages import Level, Partial, Stages
 
 
-def emit_level(stages: Stages, level: Level, split: frozenset[int], name: str) -> Source:
-    """The kernel of one level of small values. split: the tile kernels whose positions several programs share."""
-    return _LevelKernel(stages, level, split, name).emit()
+def emit_levels(stages: Stages, levels: Sequence[Level], split: frozenset[int], name: str) -> Source:
+    """The kernel of levels that do not wait for each other: each has its share of the programs.
+
+    split: the tile kernels whose positions several programs share.
+    """
+    return _LevelKernel(stages, levels, split, name).emit()
 
 
 class _LevelKernel(Lines):
-    def __init__(self, stages: Stages, level: Level, split: frozenset[int], name: str):
+    def __init__(self, stages: Stages, levels: Sequence[Level], split: frozenset[int], name: str):
         super().__init__(stages.program, "[1, 1]")
-        self.stages, self.level, self.split, self.name = stages, level, split, name
+        self.stages, self.levels, self.split, self.name = stages, levels, split, name
         self.spaces = stages.program.spaces
         self.rename: dict[str, str] = {}  # of the coordinates that a loop goes over
         self.loaded: set[str] = set()  # partials that the present pass has loaded
 
     def emit(self) -> Source:
-        self.add("r = tl.program_id(0) * BR + tl.arange(0, BR)[None, :]")
-        self.add("in_r = r < R")
-        self.coordinates("r", self.level.space, "n", "c", "g")
+        self.add("pid = tl.program_id(0)")
+        for number, level in enumerate(self.levels):
+            if len(self.levels) > 1:
+                begin, end = (self.number(f"begin{place}") for place in (number, number + 1))
+                self.add(f"if (pid >= {begin}) & (pid < {end}):")
+                self.indent += 1
+                self.add(f"block = pid - {begin}")
+            else:
+                self.add("block = pid")
+            self.names = {}
+            self.section(level, self.number(f"R{number}"))
+            self.indent = 1
+        return self.source()
+
+    def section(self, level: Level, results: str) -> None:
+        """The code of one level; `block` is the program's place among its programs."""
+        self.add("r = block * BR + tl.arange(0, BR)[None, :]")
+        self.add(f"in_r = r < {results}")
+        self.coordinates("r", level.space, "n", "c", "g")
         loops: dict[tuple[int, int | None], list[int]] = {}
-        for at in self.level.reductions:
+        for at in level.reductions:
             loops.setdefault(self.domain(at), []).append(at)
         for (axes, stage), reductions in loops.items():
             self.loop(axes, stage, reductions)
-        for at in self.level.reductions:
+        for at in level.reductions:
             self.add(f"tl.store({self.pointer(f'r{at}')} + r, v{at}, mask=in_r)")
             self.names[at] = f"v{at}"
-        for output, at in self.level.outputs:
+        for output, at in level.outputs:
             value = f"{self.value(at, 'in_r', '[1, BR]')} + tl.zeros([1, BR], tl.float32)"
             self.add(f"tl.store({self.pointer(f'out_{output}')} + r, {value}, mask=in_r)")
-        return self.source()
 
     def partial(self, at: int) -> Partial | None:
         return self.stages.partials.get(self.program.nodes[at].args[0])
@@ -169,7 +189,7 @@ class _LevelKernel(Lines):
         return self.names[at]
 
     def source(self) -> Source:
-        runtime = ["C", "S", "G", "R"]
+        runtime = ["C", "S", "G"]
         constants = ["K", "BQ", "BR"]
         arguments = [*self.pointers, *runtime, *self.numbers]
         free = [*runtime, *(name for name in self.numbers if not name.startswith(("scalar", "count")))]

@@ -11,18 +11,22 @@ compiler reports them for sm_80 and sm_90 (`kernels.aot`); they have not been tu
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kernels.emit import Form, Source, check_supported, emit_tile
-from kernels.emit_small import emit_level
-from kernels.program import REDUCTIONS, C, K, N, Program, S, Unsupported
-from kernels.stages import Level, Stages, Tile, normalised
+from kernels.emit_small import emit_levels
+from kernels.program import REDUCTIONS, C, G, K, N, Program, S, Unsupported
+from kernels.stages import Level, Pressure, Stages, Tile, normalised
 
 SCHEDULES = ("R", "L", "U")
 PROCESSORS = 132  # of a device that is not asked: H100 and H200
 _LAUNCH_BYTES = 16 << 20  # what a launch costs, as bytes: about 4 microseconds at 4 TB/s
 _REREAD = 0.5  # of the price of a read, for what a looped program read just before
-_FIXED_REGISTERS = 24  # addresses and the like
+_FIXED_REGISTERS = 16  # addresses and the like
+_MOST_EACH = 32  # elements of a thread
 _REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128, 32: 64}  # a thread's, by warps: 65536 for a block
 _LARGEST = 2**31
 
@@ -48,7 +52,7 @@ class Shape:
 class Launch:
     """A kernel with the sizes of its blocks. form: of kernels over x. grid: programs. constants: compile-time sizes."""
 
-    kernel: Tile | Level
+    kernel: Tile | tuple[Level, ...]
     form: Form | None
     grid: int
     constants: tuple[tuple[str, int], ...]
@@ -75,7 +79,7 @@ class Plan:
                 assert launch.form is not None
                 found.append(emit_tile(self.stages, launch.kernel, launch.form, name))
             else:
-                found.append(emit_level(self.stages, launch.kernel, self.split, name))
+                found.append(emit_levels(self.stages, launch.kernel, self.split, name))
         return found
 
     @property
@@ -151,9 +155,9 @@ def _plan(stages: Stages, shape: Shape, tile: int | None, processors: int) -> Pl
     numbers: dict[str, int] = {}
     cost, loops = 0.0, False
     numel = shape.n * shape.c * shape.s
-    for kernel in stages.kernels:
-        if isinstance(kernel, Level):
-            launches.append(_level_launch(stages, kernel, shape, numbers))
+    for kernel in _together(stages.kernels):
+        if isinstance(kernel, tuple):
+            launches.append(_small_launch(kernel, shape, numbers))
         else:
             launch = _tile_launch(stages, kernel, shape, tile, processors)
             launches.append(launch)
@@ -175,15 +179,18 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _fits(pressure: int, elements: int, warps: int) -> bool:
-    per_thread = max(elements // (32 * warps), 1)
-    return _FIXED_REGISTERS + pressure * per_thread <= _REGISTERS[warps]
+def _fits(pressure: Pressure, elements: int, warps: int, itemsize: int, loop: bool) -> bool:
+    """Whether a tile leaves registers: whole for what waits, for eight elements at a time of everything else."""
+    each = max(elements // (32 * warps), 1)
+    waiting = pressure.loaded * each * itemsize / 4 + pressure.kept * each + pressure.sums * each * loop
+    needed = _FIXED_REGISTERS + waiting + pressure.alive * min(each, 8)
+    return each <= _MOST_EACH and needed <= _REGISTERS[warps]
 
 
-def _warps(pressure: int, elements: int) -> int:
+def _warps(pressure: Pressure, elements: int, itemsize: int, loop: bool) -> int:
     """Warps for a tile: as few as give a thread at most 8 elements, or the most that have the registers; 0 for none."""
-    fitting = [w for w in _REGISTERS if _fits(pressure, elements, w)]
-    few = [w for w in fitting if elements <= 256 * w]
+    fitting = [warps for warps in _REGISTERS if _fits(pressure, elements, warps, itemsize, loop)]
+    few = [warps for warps in fitting if elements <= 256 * warps]
     return min(few) if few else max(fitting, default=0)
 
 
@@ -192,21 +199,21 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
     n, c, s = (1, shape.c, shape.n) if shape.rows else (shape.n, shape.c, shape.s)
     last = shape.last or shape.rows
     groups, per_group = shape.groups, shape.c // shape.groups
-    pressure = max(stages.pressure(tile), 1)
-    target = 2048 if _FIXED_REGISTERS + 16 * pressure <= 160 else 1024 if pressure <= 28 else 512
-    target = min(target, most or target)
+    pressure = stages.pressure(tile)
+    target = min(2048 if pressure.alive + pressure.sums <= 8 else 1024, most or 2048)
     sizes: dict[str, int]
     if not stages.own & K:
         sizes = _free_block(c, s, target, last)
-        if stages.own & S:
-            sizes["S"] = _power(s)
-            sizes["C"] = min(sizes["C"], max(target // sizes["S"], 1))
+        if stages.own & S:  # a sector of memory is 32 bytes
+            sizes["C"] = min(sizes["C"], max(target // _power(s), 64 // shape.itemsize if last else 1))
         blocks = -(-c // sizes["C"])
     elif stages.own & C == C:
         sizes = {"G": _power(groups), "K": _power(per_group)} if stages.splits_groups else {"C": _power(c)}
         blocks = 1
     else:
-        several = max(min(_power(groups), 256 // _power(per_group * (1 if not stages.own & S else s))), 1)
+        elements = _power(per_group) * (_power(s) if stages.own & S else 1)
+        several = max(256 // elements, 32 // (_power(per_group) * shape.itemsize) if last else 1, 1)
+        several = min(several, _power(groups))
         sizes = {"G": several} if several > 1 else {}
         sizes["K"] = _power(per_group)
         blocks = -(-groups // several)
@@ -216,7 +223,8 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
     loop = False
     if stages.own & S:
         sizes["S"] = _power(s)
-        if not _warps(pressure, channels * sizes["S"]) or (most and channels * sizes["S"] > most):
+        resident = channels * sizes["S"] <= (most or _LARGEST)
+        if not (resident and _warps(pressure, channels * sizes["S"], shape.itemsize, False)):
             loop = True
             sizes["S"] = max(min((most or 4 * target) // channels, sizes["S"] // 2), 1)
         splits, tiles = 1, -(-s // sizes["S"])
@@ -230,7 +238,7 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
             splits = -(-count // tiles)
             loop = tiles > 1
     elements = channels * sizes["S"]
-    warps = _warps(pressure, elements)
+    warps = _warps(pressure, elements, shape.itemsize, loop)
     if not warps:
         raise Unsupported(f"{shape.c} channels", f"tiles that fit the registers, not of {elements} elements")
     unit = c if last else s
@@ -251,13 +259,22 @@ def _free_block(c: int, s: int, target: int, last: bool) -> dict[str, int]:
     return {"C": min(target // positions, _power(c)), "S": positions}
 
 
-def _level_launch(stages: Stages, level: Level, shape: Shape, numbers: dict[str, int]) -> Launch:
+def _together(kernels: Iterable[Tile | Level]) -> Iterator[Tile | tuple[Level, ...]]:
+    """Kernels with the levels joined that have the same place, and so do not wait for each other."""
+    for place, found in itertools.groupby(kernels, key=lambda kernel: isinstance(kernel, Level) and kernel.place):
+        if place:
+            yield tuple(kernel for kernel in found if isinstance(kernel, Level))
+        else:
+            yield from (kernel for kernel in found if isinstance(kernel, Tile))
+
+
+def _small_launch(levels: tuple[Level, ...], shape: Shape, numbers: dict[str, int]) -> Launch:
     """Blocks of a kernel over small values; `numbers` are the splits of the kernels over x before it."""
-    sizes = {N: shape.n, S: shape.s, C ^ K: shape.groups, K: shape.c // shape.groups}
-    results = 1
-    for axis, size in sizes.items():
-        results *= size if level.space & axis else 1
-    block = min(_power(results), 64)
-    used = {**numbers, "R": results}
+    sizes = {N: shape.n, S: shape.s, G: shape.groups, K: shape.c // shape.groups}
+    results = [math.prod(size for axis, size in sizes.items() if level.space & axis) for level in levels]
+    block = min(_power(max(results)), 64)
+    begins = [0, *itertools.accumulate(-(-count // block) for count in results)]
+    used = {**numbers, **{f"R{k}": count for k, count in enumerate(results)}}
+    used |= {f"begin{k}": begin for k, begin in enumerate(begins)}
     constants = {"BQ": 512 // block, "BR": block}
-    return Launch(level, None, -(-results // block), tuple(constants.items()), tuple(used.items()), 4)
+    return Launch(levels, None, begins[-1], tuple(constants.items()), tuple(used.items()), 4)

@@ -74,6 +74,17 @@ class Tile:
     outputs: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True)
+class Pressure:
+    """Numbers alive for each position of a tile: `loaded` and computed ones (`kept`) while a reduction is waited for,
+    the most at any moment (`alive`), and sums that a loop carries."""
+
+    loaded: int
+    kept: int
+    alive: int
+    sums: int
+
+
 class Stages:
     """The kernels of a program whose tiles own the axes `own`. Errors: Unsupported where they cannot be found."""
 
@@ -87,6 +98,8 @@ class Stages:
         self.crossing: dict[int, list[int]] = {}  # by value: its reductions through memory
         for at in range(len(program.nodes)):
             self._locate(at)
+        self._levels: dict[int, dict[int, int]] = {}  # by tile kernel
+        self._big: dict[int, list[int]] = {}
         self.partials = {value: self._partial(value, found) for value, found in self.crossing.items()}
         self.kernels = self._kernels()
 
@@ -203,37 +216,75 @@ class Stages:
                 stack += self.program.nodes[at].args
         return found
 
+    def levels_of(self, tile: Tile) -> dict[int, int]:
+        """The values that a tile kernel computes or loads: how many of its local reductions each has to wait for."""
+        if tile.stage in self._levels:
+            return self._levels[tile.stage]
+        levels = self._levels[tile.stage] = {}
+        stack = [*tile.kept, *(p.value for p in tile.partials), *(at for _, at in tile.outputs)]
+        needed: dict[int, tuple[int, ...]] = {}
+        while stack:
+            at = stack.pop()
+            if at not in needed:
+                needed[at] = () if self.is_stored(at, tile.stage) else self.program.nodes[at].args
+                stack += needed[at]
+        for at in sorted(needed):  # arguments come first
+            waits = 0
+            for a in needed[at]:
+                waits = max(waits, levels[a])
+            levels[at] = waits + bool(needed[at] and at in self.local and self.program.spaces[needed[at][0]] & S)
+        return levels
+
+    def local_reductions(self, tile: Tile) -> list[int]:
+        """The local reductions of a tile kernel, those first that wait for fewest others."""
+        levels = self.levels_of(tile)
+        found = (at for at in levels if at in self.local and not self.is_stored(at, tile.stage))
+        return sorted(found, key=lambda at: (levels[at], at))
+
     def big(self, tile: Tile) -> list[int]:
-        """The values with S that a tile kernel computes or loads, in order of use."""
-        j = tile.stage
-        order: list[int] = []
+        """The values with S that a tile kernel computes or loads, in the order in which it does."""
+        if tile.stage in self._big:
+            return self._big[tile.stage]
+        order: dict[int, None] = {}
         seen: set[int] = set()
 
         def visit(at: int) -> None:
             if at in seen:
                 return
             seen.add(at)
-            if not self.is_stored(at, j):
+            if not self.is_stored(at, tile.stage):
                 for a in self.program.nodes[at].args:
                     visit(a)
             if self.program.spaces[at] & S:
-                order.append(at)
+                order[at] = None
 
-        for at in (*tile.kept, *(p.value for p in tile.partials), *(at for _, at in tile.outputs)):
+        for at in (*self.local_reductions(tile), *tile.kept):
             visit(at)
-        return order
+        for at in (*(p.value for p in tile.partials), *(at for _, at in tile.outputs)):
+            visit(at)
+        self._big[tile.stage] = list(order)
+        return self._big[tile.stage]
 
-    def pressure(self, tile: Tile) -> int:
-        """An upper estimate of how many numbers each position of a tile keeps alive: values and accumulators."""
-        order = self.big(tile)
+    def pressure(self, tile: Tile) -> Pressure:
+        """What each position of a tile keeps alive."""
+        order, levels = self.big(tile), self.levels_of(tile)
         last = {at: place for place, at in enumerate(order)}
+        waits: dict[int, int] = {}  # by level, the place at which its reductions have all they need
         for place, at in enumerate(order):
-            if not self.is_stored(at, tile.stage):
-                for a in self.program.nodes[at].args:
-                    if a in last:
-                        last[a] = max(last[a], place)
+            for a in () if self.is_stored(at, tile.stage) else self.program.nodes[at].args:
+                last[a] = max(last.get(a, 0), place)
         alive = max((sum(last[a] >= place for a in order[: place + 1]) for place in range(len(order))), default=0)
-        return alive + sum(1 + p.var for p in tile.partials)
+        places = {at: place for place, at in enumerate(order)}
+        for at in self.local_reductions(tile):
+            (value,) = self.program.nodes[at].args
+            if value in places:
+                waits[levels[at]] = max(waits.get(levels[at], 0), places[value])
+        loaded = kept = 0
+        for place in waits.values():
+            across = [at for at in order[: place + 1] if last[at] > place]
+            kept = max(kept, sum(not self.is_stored(at, tile.stage) for at in across))
+            loaded = max(loaded, sum(self.is_stored(at, tile.stage) for at in across))
+        return Pressure(loaded, kept, alive, sum(1 + p.var for p in tile.partials))
 
     def reads(self, tile: Tile) -> int:
         """How many tensors of the size of x a tile kernel reads in one pass."""

@@ -17,6 +17,7 @@ from search_spaces.layers.evaluate import channel_dim
 
 # Of the norm of an output; the interpreter rounds to bfloat16 towards zero.
 TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+DEGENERATE = 1e-6 / 1e-5**0.5  # of gradients that vanish because a variance does: divided by the root of an eps
 LAYERS = 2e-6  # of layers that are no random graphs, in float32
 SCHEDULES = ("R", "L", "U")
 PRESETS = ("evonorm24", "extended", "tokens")
@@ -31,6 +32,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     last: bool = False
     tolerance: float | None = None
+    floor: float = 1e-6  # of every number of an output, for those that are zero but for rounding
 
     @property
     def lowered(self) -> Lowered:
@@ -91,7 +93,8 @@ def errors(task: Task, found: dict[str, Tensor]) -> Iterator[tuple[str, float, f
         if task.tolerance is not None:
             tolerance = max(task.tolerance, tolerance if task.dtype != torch.float32 and half else 0.0)
         size = float(want[usable].norm())
-        allowed = max(tolerance * size, 8 * float((rough - want)[usable].norm()), 1e-6 * usable.sum().item() ** 0.5)
+        floor = task.floor * usable.sum().item() ** 0.5
+        allowed = max(tolerance * size, 8 * float((rough - want)[usable].norm()), floor)
         yield name, off if off == off else float("inf"), allowed
 
 
@@ -113,4 +116,5 @@ def layer_tasks(shapes: tuple[tuple[int, ...], ...], **more) -> Iterator[Task]:
             for training in (True, False) if graph.batch_aggregates() else (True,):
                 case = make_case(graph, shape, layout="channels-first", training=training, seed=3 * number + 1)
                 mode = "" if training else " evaluation"
-                yield Task(f"{name} {shape}{mode}", case, tolerance=LAYERS, **more)
+                floor = 1e-6 if shape[2] > 1 else DEGENERATE
+                yield Task(f"{name} {shape}{mode}", case, tolerance=LAYERS, floor=floor, **more)
