@@ -190,4 +190,5 @@ def _in_a_process(interpret: bool) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(layers_agree("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "triton")))
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    sys.stdout.write(json.dumps(layers_agree(device, "triton")))

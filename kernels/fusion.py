@@ -59,7 +59,8 @@ def fuse(model: nn.Module, *, inplace: bool = False, backend: str = "auto", rewr
     `triton` (the same, but an error where no kernel can run), `reference` (the operators by torch; for tests),
     `eager` (nothing is fused), `compile` (torch.compile of the whole model). rewrite: also fuse activations that are
     functions or used in several places, and residual sums between the two, by torch.fx: the result is a GraphModule,
-    with what the model's code reads of its own attributes fixed as it is now; never in place.
+    never in place, in which what the model's code reads of its own attributes is fixed as it is now, and `a += b` is
+    `a = a + b` (another result where the old `a` is used again under another name).
 
     Parameters, buffers and state dict keep their names and order. Normalisations: torch's BatchNorm, GroupNorm,
     LayerNorm and RMSNorm (the last two over one dimension), with ReLU, ReLU6, LeakyReLU, ELU, SiLU, GELU, Hardswish,

@@ -111,11 +111,13 @@ def _run(
 
 def _by_triton(program: Program, given: dict[str, Tensor], groups: int) -> dict[str, Tensor] | None:
     """The outputs by generated kernels; None where there are none for this program and shape."""
-    from kernels import runtime  # imports Triton
+    from triton.runtime.errors import OutOfResources
+
+    from kernels import runtime
 
     try:
         return runtime.run(program, given, groups=groups)
-    except Unsupported as error:
+    except (Unsupported, OutOfResources) as error:
         _warn_once(program.structural_hash, str(error))
         return None
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels.norm_act import FUSED, refusal
 from search_spaces.common.errors import UserError
-from search_spaces.layers.sites import ADDITIONS, Site, sites_by_trace
+from search_spaces.layers.sites import Site, sites_by_trace
 
 _MODULES: dict[str, Callable[..., nn.Module]] = {  # by the name of the function, called with its further arguments
     **dict.fromkeys(("relu", "relu_"), nn.ReLU),
@@ -26,6 +26,7 @@ _MODULES: dict[str, Callable[..., nn.Module]] = {  # by the name of the function
     "hardswish": nn.Hardswish,
     "mish": nn.Mish,
 }
+_ADDITIONS = {operator.add, torch.add}  # torch.fx records `a += b` as the former
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _rewrite(model: nn.Module, site: Site) -> Rewrite | str:
         return "it is called with named arguments"
     node, addition, residual = site.norm_node, None, None
     behind = _only_user(node)
-    if behind is not None and _adds(behind, node):
+    if behind is not None and _adds(behind):
         others = [a for a in behind.args if a is not node]
         if len(others) == 1 and isinstance(others[0], fx.Node):
             node, addition, residual = behind, behind, others[0]
@@ -116,10 +117,8 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _adds(node: fx.Node, norm: fx.Node) -> bool:
-    """Whether a node adds something to a normalisation's output, and changes nothing else in place."""
-    plain = node.op == "call_function" and node.target in ADDITIONS and len(node.args) == 2 and not node.kwargs
-    return plain and (node.target is not operator.iadd or node.args[0] is norm)
+def _adds(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
 
 
 def _as_module(model: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -9,7 +9,7 @@ import pytest
 
 from kernels import cache, check
 from nas.cli import app as application
-from nas.cli import kernels as commands
+from nas.cli import fused as commands
 from search_spaces.common.errors import RunError
 from search_spaces.layers.space import LayerSpace
 

@@ -326,8 +326,7 @@ class Sums(nn.Module):
             return F.relu(torch.add(self.bn(x), x, alpha=2))
         if self.form == "into":  # changes its left side, which is used again
             y = x * 1.0
-            y += self.bn(x)
-            return F.relu(y) + y
+            return F.relu(y.add_(self.bn(x))) + y
         if self.form == "narrow":
             return F.relu(self.bn(x) + x[:, :1])
         return F.relu(self.ln(x) + x)

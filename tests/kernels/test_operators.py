@@ -189,7 +189,17 @@ def test_outputs_alias_nothing(formula):
     assert len(set(places)) == len(places)
 
 
-def test_only_what_is_needed_is_differentiated():
+def test_only_what_is_needed_is_differentiated(monkeypatch):
+    from kernels import operators
+
+    asked = []
+
+    def recorded(*arguments):
+        asked.append(arguments[-1])
+        return program(*arguments)
+
+    program = operators.backward_program
+    monkeypatch.setattr(operators, "backward_program", recorded)
     fused, plain = make("evonorm-s0")
     whole, _ = make("evonorm-s0")
     x = normal(2, 8, 4, 4)
@@ -205,6 +215,7 @@ def test_only_what_is_needed_is_differentiated():
     other = x.clone().requires_grad_()
     plain(other).square().sum().backward()
     assert_near(given.grad, other.grad)
+    assert [set(names.split(",")) for names in asked] == [{"x", "weight", "bias", "v1"}, {"bias", "v1"}, {"x"}]
     with torch.no_grad():
         assert not fused(given).requires_grad
 
