@@ -80,7 +80,8 @@ class Stages:
 class Captured:
     """What the passes captured; a field is there if a requested proxy needs it and its pass succeeded.
 
-    weights, gradients, second_order: {name of W_l: tensor}, g_l = dL/dW_l and (H g)_l on the first batch.
+    params: trainable scalars. weights, gradients, second_order: {name of W_l: tensor}, W_l, g_l = dL/dW_l and (H g)_l
+    on the first batch.
     batch_gradients: one dict like `gradients` per batch. logits: of the first batch; jacobian: [B, D], the gradient of
     the summed logits to the input (to the embeddings for integer inputs). features: per leaf module call the feature
     map of sample 0 as [C, positions]. fisher: per layer. sign_sums: per weight, sum over its entries of
@@ -88,6 +89,7 @@ class Captured:
     curve: per point of a circle of inputs, [points, outputs] first and second derivatives of the logits by the angle.
     """
 
+    params: int
     static: StaticCosts
     weights: Named
     codes: Codes

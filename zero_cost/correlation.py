@@ -1,8 +1,9 @@
 """How well scores rank: rank correlations, agreement at the top, and what choosing by the scores would cost.
 
 Every function takes (scores, truth), two equally long sequences where higher is better. A score that is not finite
-(NaN, -inf and inf alike) is the worst, tied with its like; a truth must be finite. Errors: UserError for lengths that differ, fewer than two
-items, a truth that is not finite, or a share outside (0, 1]. Undefined statistics (all tied) are NaN.
+(NaN, -inf and inf alike) is the worst, tied with its like; a truth must be finite. Undefined statistics (all tied) are
+NaN. Errors: UserError for lengths that differ, fewer than two items, a truth that is not finite, or a share outside
+(0, 1].
 """
 
 from __future__ import annotations

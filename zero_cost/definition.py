@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 # What can be captured (the fields of `Captured` of the same name), and which captures read labels.
 NEEDS_LABELS = frozenset({"gradients", "fisher", "second_order", "batch_gradients", "sign_sums"})
-FORWARD_ONLY = frozenset({"static", "weights", "codes", "features", "logits", "synflow_forward", "zen", "curve"})
+FORWARD_ONLY = frozenset(
+    {"params", "static", "weights", "codes", "features", "logits", "synflow_forward", "zen", "curve"}
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Proxy:
     @property
     def data(self) -> bool:
         """Whether its value depends on the batch (more than on its shape)."""
-        return not {"static", "weights", "synflow", "synflow_forward", "zen", "stages"}.issuperset(self.needs)
+        return not {"params", "static", "weights", "synflow", "synflow_forward", "zen", "stages"}.issuperset(self.needs)
 
 
 def proxy(

@@ -121,6 +121,7 @@ def static_pass(probe: Probe) -> None:
     if probe.wants("static"):
         with probe.step("static", "static"):
             probe.captured.static = static_costs(probe.network.model, probe.batches[0][0], probe.network.output)
+    probe.captured.params = sum(p.numel() for p in probe.network.model.parameters() if p.requires_grad)
     probe.captured.weights = {name: w.detach() for name, w in probe.network.weights.items()}
 
 

@@ -88,7 +88,7 @@ def score(
     probe = Probe(network, data, wanted, loss, few, repeats, tuple(stages))
     probe.captured.labels, probe.captured.samples = data[0][1], samples
     probe.captured.regularisation = regularisation
-    with training(model):
+    with training(model), torch.enable_grad():
         for run in PASSES:
             run(probe)
     begin = time.perf_counter()

@@ -20,6 +20,9 @@ BATCH_NORM_CALLS = frozenset({F.batch_norm, torch.batch_norm})
 NORM_CALLS = BATCH_NORM_CALLS | {
     F.instance_norm, F.group_norm, F.layer_norm, torch.instance_norm, torch.group_norm, torch.layer_norm
 }  # fmt: skip
+DROPOUT_CALLS = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+)
 EMBEDDING_CALLS = frozenset({F.embedding})
 POOLING_CALLS = frozenset({F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d})
 MEAN_CALLS = frozenset({torch.mean, torch.Tensor.mean})
@@ -65,8 +68,9 @@ def changes_in_place(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 
 def without_norms(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A handler that turns every normalisation into the identity."""
-    return argument("input", 0, args, kwargs) if func in NORM_CALLS else func(*args, **kwargs)
+    """A handler that turns every normalisation and dropout into the identity."""
+    skipped = func in NORM_CALLS or func in DROPOUT_CALLS
+    return argument("input", 0, args, kwargs) if skipped else func(*args, **kwargs)
 
 
 def reachable(output: torch.Tensor) -> set[Any]:

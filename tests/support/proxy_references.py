@@ -217,3 +217,118 @@ def swap(model, inputs, labels=None, samples=16):
 
 def linear_regions(model, inputs, labels=None):
     return len(torch.unique(torch.cat(relu_codes(model, inputs), 1), dim=0))
+
+
+def gradsign(model, inputs, labels, samples=16):
+    """A batch of one for every sample."""
+    model = ready(model)
+    signs = [0.0] * len(layers(model))
+    for n in range(min(samples, len(inputs))):
+        model.zero_grad()
+        F.cross_entropy(model(inputs[n : n + 1]), labels[n : n + 1]).backward()
+        for i, module in enumerate(layers(model)):
+            if module.weight.grad is not None:
+                signs[i] = signs[i] + module.weight.grad.sign()
+    return sum(float(s.abs().sum()) for s in signs if isinstance(s, torch.Tensor))
+
+
+def ntk(model, inputs, samples=16) -> np.ndarray:
+    """Gradients of each sample's summed logits by jacrev-free loops: one graph for each."""
+    rows = []
+    for n in range(min(samples, len(inputs))):
+        copied = ready(model)
+        copied(inputs[:samples])[n].sum().backward()
+        rows.append(torch.cat([m.weight.grad.flatten() for m in layers(copied) if m.weight.grad is not None]))
+    stacked = torch.stack(rows).double().numpy()
+    return stacked @ stacked.T
+
+
+def leaf_maps(model, inputs) -> list[np.ndarray]:
+    model, found = ready(model), []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, _, out: found.append(out[0].detach().clone()))
+    model(inputs)
+    return [f.flatten(1).double().numpy() for f in found if f.dim() >= 2]
+
+
+def least_correlation(rows: np.ndarray) -> float:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = np.nan_to_num(np.atleast_2d(np.corrcoef(rows)), posinf=0, neginf=0)
+    return float(np.linalg.eigvalsh(matrix).min())
+
+
+def meco(model, inputs, labels=None):
+    return sum(least_correlation(rows) for rows in leaf_maps(model, inputs))
+
+
+def meco_opt(model, inputs, labels=None):
+    score = 0.0
+    for rows in leaf_maps(model, inputs):
+        count = min(8, len(rows))
+        score += least_correlation(rows[[i * len(rows) // count for i in range(count)]]) * len(rows) / count
+    return score
+
+
+def initialise(model, generator, deviation):
+    """In place, in the order of the modules: weights ~ N(0, deviation(fan in)^2), biases 0, BatchNorm 1 and 0."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * deviation(fan_in))
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+                module.running_mean.zero_()
+                module.running_var.fill_(1)
+
+
+def zen(model, inputs, seed=0):
+    """Two forwards; the running variances that BatchNorm itself keeps."""
+    model, generator = ready(model), torch.Generator().manual_seed(seed)
+    initialise(model, generator, lambda fan_in: 1.0)
+    shape = (min(16, len(inputs)), *inputs.shape[1:])
+    x, other = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    features = []
+    model.pool.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    with torch.no_grad():
+        model(x)
+        model(x + 1e-2 * other)
+    score = math.log(float((features[0] - features[1]).abs().sum((1, 2, 3)).mean()))
+    return score + sum(
+        math.log(math.sqrt(float(m.running_var.mean()))) for m in model.modules() if isinstance(m, nn.BatchNorm2d)
+    )
+
+
+def az_nas(model, inputs, seed=0) -> dict[str, float]:
+    """Stage by stage on networks with `stem` and `cells`: entropies, then each cell's own vector-Jacobian product."""
+    model, generator = ready(model), torch.Generator().manual_seed(seed)
+    initialise(model, generator, lambda fan_in: math.sqrt(2 / fan_in))
+    x = torch.randn(inputs.shape, generator=generator)
+    features = [model.stem(x).detach()]
+    for cell in model.cells:
+        features.append(cell(features[-1]).detach())
+    entropies = []
+    for f in features:
+        values = np.linalg.eigvalsh(np.cov(f.transpose(0, 1).flatten(1).double().numpy(), bias=True))
+        share = values / values.sum()
+        entropies.append(-(share * np.log(share + 1e-8)).sum())
+    terms = []
+    for cell, before in zip(model.cells, features):
+        leaf = before.clone().requires_grad_()
+        after = cell(leaf)
+        sign = torch.randint(2, after.shape, generator=generator) * 2.0 - 1
+        received = torch.autograd.grad(after, leaf, sign)[0]
+        if received.shape[2] != sign.shape[2]:
+            received = F.pixel_unshuffle(received, 2)
+        correlations = torch.einsum("nchw,ndhw->cd", received.double(), sign.double())
+        s = float(torch.linalg.svdvals(correlations)[0]) / (len(sign) * sign.shape[2] * sign.shape[3])
+        terms.append(-s - 1 / (s + 1e-6) + 2)
+    return {
+        "az-expressivity": sum(entropies),
+        "az-progressivity": min(np.diff(entropies)),
+        "az-trainability": sum(terms) / len(terms),
+    }

@@ -110,7 +110,7 @@ def swap(captured: Captured) -> float:
 
 @proxy(
     "reg-swap",
-    needs=("codes", "static"),
+    needs=("codes", "params"),
     formula="swap exp(-(params - mu)^2 / sigma), mu and sigma by the space",
     source="Peng et al., SWAP-NAS, ICLR 2024, definition 3.4",
     min_samples=2,
@@ -119,4 +119,4 @@ def reg_swap(captured: Captured) -> float:
     if captured.regularisation is None:
         raise NoValue("needs regularisation=(mu, sigma), in parameters and parameters squared")
     mu, sigma = captured.regularisation
-    return float(swap.compute(captured)) * math.exp(-((captured.static.params - mu) ** 2) / sigma)  # type: ignore[arg-type]
+    return float(swap.compute(captured)) * math.exp(-((captured.params - mu) ** 2) / sigma)  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from zero_cost.errors import NoValue
 COUNT = "a count"
 
 
-@proxy("params", needs=("static",), formula="number of trainable scalars", source=COUNT)
+@proxy("params", needs=("params",), formula="number of trainable scalars", source=COUNT)
 def params(captured: Captured) -> float:
-    return captured.static.params
+    return captured.params
 
 
 @proxy("macs", needs=("static",), formula="multiply-adds of convolutions and linear layers, one sample", source=COUNT)
