@@ -34,6 +34,9 @@ def compare(
     strategies: Annotated[str, typer.Option(help="Names with commas between.")] = (
         "random-search,local-search,regularized-evolution"
     ),
+    setting: Annotated[
+        list[str] | None, typer.Option(help="STRATEGY.NAME=VALUE, see `nas strategies`; repeatable.")
+    ] = None,
     queries: Annotated[int | None, typer.Option(help="Evaluations per seed (default: 150, 20 of train).")] = None,
     simulated_seconds: Annotated[
         float | None, typer.Option(help="Of train: stop each search after so many seconds of training.")
@@ -76,12 +79,13 @@ def compare(
     given |= {"own_schedule": own_schedule, "device": device}
     training = read_training(evaluator, space, preset, change, scale, **given)
     names = [name.strip() for name in strategies.split(",") if name.strip()]
+    settings = options.read_strategy_settings(setting, names)
     if training is not None:
         for option, unused in (("--report", report), ("--plot", plot)):
             if unused is not None:
                 raise UserError(option, "a table with it; of runs by training each has its own: nas report RUN")
         budget = {"queries": queries, "simulated_seconds": simulated_seconds}
-        arguments = {"seeds": seeds or 3, "seed": seed, "workers": workers or 1}
+        arguments = {"seeds": seeds or 3, "seed": seed, "workers": workers or 1, "strategy_settings": settings}
         _compare_by_training(training, names, out, budget, objectives or "val_acc", label, arguments, json)
         return
     for option, value in (("--simulated-seconds", simulated_seconds), ("--space", space), ("--out", out)):
@@ -90,12 +94,16 @@ def compare(
     id = benchmark or str(evaluator).removeprefix("table:")
     if evaluator is not None and not evaluator.startswith("table:"):
         raise UserError(evaluator, "an evaluator to compare on: table:<benchmark id> or train", nearest(id, ["train"]))
-    _compare_on_table(id, names, queries or 150, seeds or 200, objectives, label, seed, workers, report, plot, json)
+    files = {"report": report, "plot": plot}
+    _compare_on_table(
+        id, names, settings, queries or 150, seeds or 200, objectives, label, seed, workers, json=json, **files
+    )
 
 
 def _compare_on_table(
     benchmark: str,
     strategies: list[str],
+    settings: dict[str, dict[str, Any]],
     queries: int,
     seeds: int,
     objectives: str | None,
@@ -119,6 +127,7 @@ def _compare_on_table(
             seed=seed,
             objectives=objectives,
             label=label,
+            strategy_settings=settings,
             workers=workers,
             progress=progress,
         )

@@ -80,6 +80,24 @@ def read_settings(given: Sequence[str] | None) -> dict[str, Any]:
     return settings
 
 
+def read_strategy_settings(given: Sequence[str] | None, strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`["regularized-evolution.population=4"]` -> {"regularized-evolution": {"population": 4}}. Errors: UserError."""
+    from nas.strategies import strategy_class, strategy_settings
+    from search_spaces.common.names import match
+
+    names = [strategy_class(name).name for name in strategies]
+    settings: dict[str, dict[str, Any]] = {}
+    for item in given or ():
+        strategy, dot, rest = item.partition(".")
+        if not dot or "=" in strategy:
+            raise UserError(item, "a setting as STRATEGY.NAME=VALUE", f"{names[0]}.{item}")
+        strategy = match(strategy, names, "a strategy of this comparison")
+        for name, value in read_settings([rest]).items():
+            known = match(name, strategy_settings(strategy), f"a setting of {strategy}")
+            settings.setdefault(strategy, {})[known] = value
+    return settings
+
+
 def read_seed_policy(text: str) -> int | str:
     """`mean`, `random` or a seed's number."""
     return int(text) if text.isdigit() else text

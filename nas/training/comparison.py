@@ -100,21 +100,23 @@ def compare_by_training(
     seed: int = 0,
     objectives: str = "val_acc",
     workers: int = 1,
+    strategy_settings: Mapping[str, Mapping[str, Any]] | None = None,
     describe: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TrainedComparison:
     """Search with every strategy and with seeds `seed` to `seed + seeds - 1`, each in a run below `out`.
 
-    What is finished there is not done again. Strategies share trainings through the evaluator's cache, and each run
-    pays for what it uses as if it were alone, so the comparison takes less time than its runs' clocks say.
-    Errors: UserError.
+    strategy_settings: {strategy: {setting: value}}. What is finished there is not done again. Strategies share
+    trainings through the evaluator's cache, and each run pays for what it uses as if it were alone, so the
+    comparison takes less time than its runs' clocks say. Errors: UserError.
     """
     if seeds < 1:
         raise UserError(seeds, "at least one seed")
     if not strategies:
         raise UserError("--strategies", "at least one strategy")
     names = list(dict.fromkeys(strategy_class(name).name for name in strategies))
-    settings = {name: fill_settings(name, {}, evaluator) for name in names}
+    given = {strategy_class(name).name: dict(values) for name, values in (strategy_settings or {}).items()}
+    settings = {name: fill_settings(name, given.get(name, {}), evaluator) for name in names}
     evaluator.check()
     found: dict[str, list[SearchResult]] = {name: [] for name in names}
     total = len(names) * seeds

@@ -200,3 +200,22 @@ def test_ctrl_c_leaves_a_run_to_resume(nas, monkeypatch):
     assert status == 130
     assert "nas resume" in err
     assert as_json(nas("resume", "run", "--json"))["queries"] == 40
+
+
+def test_settings_of_single_strategies_in_a_comparison(nas):
+    """`--setting STRATEGY.NAME=VALUE` reaches that strategy alone; what is misspelt is named."""
+    table = ("compare", "--benchmark", "nas-bench-201/cifar10", "--strategies", "random-search,regularized-evolution")
+    plain, small = (
+        json.loads(nas(*table, "--queries", "30", "--seeds", "2", "--json", *more)[1])["strategies"]
+        for more in ((), ("--setting", "regularized-evolution.population=4"))
+    )
+    assert plain["random-search"] == small["random-search"]
+    assert plain["regularized-evolution"]["mean_best"] != small["regularized-evolution"]["mean_best"]
+    for setting, said in (
+        ("population=4", "STRATEGY.NAME=VALUE"),
+        ("evolution.population=4", "regularized-evolution"),
+        ("regularized-evolution.populaton=4", "population"),
+    ):
+        status, _, error = nas(*table, "--setting", setting)
+        assert status == 2
+        assert said in error
