@@ -74,7 +74,7 @@ except kernels.Unsupported.__mro__[1] as error:
 """
 
 
-@pytest.mark.parametrize("interpret", ["0", "1"])
+@pytest.mark.parametrize("interpret", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_everything_runs_without_triton(interpret):
     found = fresh(HIDDEN, TRITON_INTERPRET=interpret)
     assert found == "'triton': expected a process in which Triton kernels can run (Triton is not installed);" + (

@@ -167,7 +167,7 @@ def test_memory_layouts(name, form):
 @pytest.mark.parametrize(
     ("name", "layout", "shape", "differentiable"),
     [
-        ("evonorm-b0", "channels-first", (2, 8, 3, 3), True),
+        pytest.param("evonorm-b0", "channels-first", (2, 8, 3, 3), True, marks=pytest.mark.slow),
         ("layer-norm-tokens", "tokens", (2, 5, 8), True),
         ("gn-relu", "channels-first", (2, 8, 3, 3), False),
     ],
@@ -232,7 +232,7 @@ def test_differentiation_that_was_not_asked_for_and_twice():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["evonorm-b0", "gn-relu"])
+@pytest.mark.parametrize("name", ["evonorm-b0", pytest.param("gn-relu", marks=pytest.mark.slow)])
 def test_compiled_as_a_whole(name, dynamic):
     torch.compiler.reset()
     fused, _ = make(name)

@@ -24,7 +24,7 @@ runpy.run_module("benchmarks.speed.speed_kernels_gpu", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("interpret", ["0", "1"])
+@pytest.mark.parametrize("interpret", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_dry_run_needs_nothing_else(tmp_path, interpret, importable):
     importable("triton")
     path = tmp_path / "figures.json"
