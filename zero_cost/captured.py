@@ -24,7 +24,7 @@ Named = dict[str, torch.Tensor]
 class Codes:
     """Signs of ReLU inputs on the first batch, reduced while they pass by.
 
-    agreements: per ReLU call, [B, B] numbers of units on whose side of zero two samples agree. units: per ReLU call.
+    agreements: per ReLU call, [B, B] float64 numbers of units on whose side of zero two samples agree. units: per ReLU call.
     live: per ReLU call, whether a backward pass from the logits reaches it (all False without a graph).
     patterns: int32, the signs of each unit of a feature map over the first `pattern_samples` samples, as bits.
     """
@@ -40,7 +40,7 @@ class Codes:
         chosen = [k for k, alive in zip(self.agreements, self.live, strict=True) if alive or not live_only]
         if not chosen:
             raise NoValue("no ReLU is called on the way to the output" if live_only else "the model calls no ReLU")
-        return torch.stack(chosen).double().sum(0)
+        return torch.stack(chosen).sum(0)
 
 
 @dataclass(frozen=True)
