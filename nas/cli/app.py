@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 import nas
-from nas.cli import bench, compare, doctor, evaluate, export, layers, lists, primitives, runs, search, train
+from nas.cli import (
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    fused,
+    layers,
+    lists,
+    primitives,
+    proxies,
+    runs,
+    search,
+    train,
+)
 from search_spaces.common.errors import RunError, UserError
 from search_spaces.common.names import nearest
 
@@ -35,6 +49,8 @@ app.command("show")(runs.show)
 app.add_typer(bench.app, name="bench")
 app.add_typer(layers.app, name="layers")
 app.add_typer(primitives.app, name="primitives")
+app.add_typer(proxies.app, name="proxies")
+app.add_typer(fused.app, name="kernels")
 app.command("spaces")(lists.spaces)
 app.command("strategies")(lists.strategies)
 app.command("presets")(lists.presets)
