@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ def run(
         raise UserError("x" if x is None else f"x {tuple(x.shape)} {x.layout}", "a dense tensor x [N, C, S]")
     if x.dtype not in DTYPES:
         raise Unsupported(str(x.dtype), f"an input of type {', '.join(str(dtype) for dtype in DTYPES)}")
+    if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        raise Unsupported(str(x.device), "a CUDA device, or the CPU under TRITON_INTERPRET=1")
     if x.numel() == 0:
         return execute(program, inputs, groups=groups)
     if groups < 1 or x.shape[1] % groups:
@@ -212,7 +215,7 @@ def _sizes(shape: Shape, axes: int) -> list[int]:
 
 
 def _numbers(shape: Shape) -> dict[str, int]:
-    ((n, s),) = [_sizes(shape, N | S)]
+    n, s = _sizes(shape, N | S)
     return {"N": n, "C": shape.c, "S": s, "G": shape.groups, "K": shape.c // shape.groups}
 
 

@@ -31,10 +31,18 @@ def test_random_graphs():
     check(100, "graphs", 7, 1)  # of each preset
 
 
-@pytest.mark.parametrize(
-    ("part", "least"),
-    [("layers", 450), ("tokens", 100), ("schedules", 150), ("traps", 200), ("non_finite", 40), ("inputs", 19)],
-)
+PARTS = {
+    "layers": 450,
+    "tokens": 100,
+    "schedules": 150,
+    "traps": 200,
+    "non_finite": 40,
+    "inputs": 19,
+    "operations": 90,
+}
+
+
+@pytest.mark.parametrize(("part", "least"), PARTS.items())
 def test_part(part, least):
     check(least, part)
 

@@ -14,7 +14,8 @@ from generated_cases import DEGENERATE, LAYERS, SCHEDULES, Task, by_kernels, err
 from kernel_cases import Case, make_case
 
 from kernels import runtime
-from kernels.program import Unsupported
+from kernels.program import CONDITIONS, ELEMENTWISE, FULL, Builder, Unsupported
+from kernels.reference import execute
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog
 from search_spaces.layers.formula import parse_formula
@@ -154,7 +155,7 @@ def non_finite(full: bool) -> None:
             x = case.x.clone()
             x[1, 2, 3] = value
             task = Task(name, with_x(case, x))
-            eager = runtime.execute(task.lowered.program, task.inputs(), groups=task.groups)
+            eager = execute(task.lowered.program, task.inputs(), groups=task.groups)
             for tile in (None, 8):
                 found = runtime.run(task.lowered.program, task.inputs(), groups=task.groups, tile=tile)
                 for output, want in eager.items():
@@ -221,11 +222,40 @@ def inputs(full: bool) -> None:
         holds("a missing input is refused", "weight" in str(refused))
 
 
+def operations(full: bool) -> None:
+    """Every element-wise operation on ordinary and on extreme numbers, against torch's float32 or twice its error."""
+    special = [0.0, -0.0, 1e-30, -1e-30, 1e-6, 0.1249, 0.1251, 20.0, 20.1, 87.0, -87.0, 104.0, -104.0, 1e30, -1e30]
+    values = torch.tensor([*special, float("inf"), -float("inf"), float("nan")])
+    line = torch.cat([values, torch.linspace(-9, 9, 182), torch.logspace(-9, 9, 56)])  # 256 numbers
+    others = torch.cat([line.flip(0)[:100], line[100:200], torch.full((56,), 0.5)])
+    x, dy = line.view(1, 1, -1), others.view(1, 1, -1)
+    for op, arity in ELEMENTWISE.items():
+        builder = Builder()
+        names = [builder.input("x", FULL), builder.input("dy", FULL)]
+        if op in CONDITIONS:
+            node = builder("where", builder(op, *names), names[0], names[1])
+        elif op == "where":
+            node = builder("where", builder("lt", names[0], 0.5), names[0], names[1])
+        else:
+            node = builder(op, *names[:arity])
+        program = builder.program({"y": builder.expand(node, FULL)})
+        found = runtime.run(program, {"x": x, "dy": dy})["y"].double()
+        rough, exact = (
+            execute(program, {"x": x.to(t), "dy": dy.to(t)})["y"].double() for t in (torch.float32, torch.float64)
+        )
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            holds(f"{op} {kind.__name__}", torch.equal(kind(found), kind(rough)))
+        usable = rough.isfinite() & exact.isfinite() & (exact.abs() < 1e37)
+        off = (found - exact).abs()[usable]
+        allowed = (2 * (rough - exact).abs() + 4e-7 * exact.abs() + 1e-7 * (op in ("tanh", "erf")))[usable] + 1e-37
+        report(op, float((off / allowed).max()), 1.0)
+
+
 def main(part: str, *arguments: str) -> None:
     warnings.filterwarnings("ignore", "overflow encountered")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    parts = {f.__name__: f for f in (layers, tokens, schedules, traps, non_finite, inputs)}
+    parts = {f.__name__: f for f in (layers, tokens, schedules, traps, non_finite, inputs, operations)}
     if part == "graphs":
         graphs(*map(int, arguments))
     else:
