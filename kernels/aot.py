@@ -250,7 +250,8 @@ def _output(command: list[Any]) -> str:
 def _main(path: str) -> None:
     for position, entry in enumerate(json.loads(Path(path).read_text())):
         job = Job(**{**entry, "shape": Shape(**entry["shape"])})
-        print(json.dumps([position, [dataclasses.asdict(report) for report in compile_here(job)]]), flush=True)
+        sys.stdout.write(json.dumps([position, [dataclasses.asdict(report) for report in compile_here(job)]]) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def train(
     norm: options.Norm = None,
     act: options.Act = None,
     layer: options.Layer = None,
-    kernels: Annotated[str | None, typer.Option(help="auto, eager or compile.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, triton, eager or compile.")] = None,
     val_share: options.ValShare = None,
     split_seed: Annotated[int, typer.Option(help="Of the split into training and validation images.")] = 0,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave unreadable images out.")] = False,

@@ -18,8 +18,10 @@ def home() -> Path:
     named = os.environ.get("NASFORGE_HOME")
     if named:
         return Path(named).expanduser()
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ImportError:  # GPU machines that have torch and little else
+        return Path.home() / ".cache" / "nasforge"
     return Path(platformdirs.user_cache_dir("nasforge", appauthor=False))
 
 
