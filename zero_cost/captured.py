@@ -24,7 +24,8 @@ Named = dict[str, torch.Tensor]
 class Codes:
     """Signs of ReLU inputs on the first batch, reduced while they pass by.
 
-    agreements: per ReLU call, [B, B] float64 numbers of units on whose side of zero two samples agree. units: per ReLU call.
+    agreements: per ReLU call, [B, B] float64 numbers of units on whose side of zero two samples agree. units: how many
+    there are per ReLU call.
     live: per ReLU call, whether a backward pass from the logits reaches it (all False without a graph).
     patterns: int32, the signs of each unit of a feature map over the first `pattern_samples` samples, as bits.
     """

@@ -13,6 +13,8 @@ from torch.func import functional_call
 from zero_cost.errors import NoValue, UserError
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
+# Apart from the caller's seeds: noise drawn as data must not be drawn again. Generators read the low 32 bits.
+OWN_DRAWS = 0x9E3779B1
 Output = Callable[[Any], torch.Tensor]
 
 
@@ -76,7 +78,7 @@ class Network:
 
     def generator(self) -> torch.Generator:
         """Our own draws, on the CPU so that values do not depend on the device."""
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator().manual_seed(OWN_DRAWS + self.seed)
 
 
 @contextlib.contextmanager

@@ -16,13 +16,14 @@ from zero_cost.captured import Loss, Probe
 from zero_cost.definition import NEEDS_LABELS, Proxy
 from zero_cost.errors import NoValue, UserError, nearest
 from zero_cost.network import Network, Output, first_tensor, training
+from zero_cost.passes.curve import curve_pass
 from zero_cost.passes.per_sample import ntk_pass, sign_sums_pass
 from zero_cost.passes.redrawn import stages_pass, zen_pass
 from zero_cost.passes.synflow import synflow_pass
 from zero_cost.probe import shared_pass, static_pass
 from zero_cost.proxies import PROXIES
 
-PASSES = (static_pass, shared_pass, synflow_pass, sign_sums_pass, ntk_pass, zen_pass, stages_pass)
+PASSES = (static_pass, shared_pass, synflow_pass, sign_sums_pass, ntk_pass, zen_pass, stages_pass, curve_pass)
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 

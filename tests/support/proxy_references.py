@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+OWN_DRAWS = 0x9E3779B1  # where the toolkit's own seeds start
+
 
 def ready(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).train()
@@ -288,7 +290,7 @@ def initialise(model, generator, deviation):
 
 def zen(model, inputs, seed=0):
     """Two forwards; the running variances that BatchNorm itself keeps."""
-    model, generator = ready(model), torch.Generator().manual_seed(seed)
+    model, generator = ready(model), torch.Generator().manual_seed(OWN_DRAWS + seed)
     initialise(model, generator, lambda fan_in: 1.0)
     shape = (min(16, len(inputs)), *inputs.shape[1:])
     x, other = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
@@ -305,7 +307,7 @@ def zen(model, inputs, seed=0):
 
 def az_nas(model, inputs, seed=0) -> dict[str, float]:
     """Stage by stage on networks with `stem` and `cells`: entropies, then each cell's own vector-Jacobian product."""
-    model, generator = ready(model), torch.Generator().manual_seed(seed)
+    model, generator = ready(model), torch.Generator().manual_seed(OWN_DRAWS + seed)
     initialise(model, generator, lambda fan_in: math.sqrt(2 / fan_in))
     x = torch.randn(inputs.shape, generator=generator)
     features = [model.stem(x).detach()]
@@ -332,3 +334,25 @@ def az_nas(model, inputs, seed=0) -> dict[str, float]:
         "az-progressivity": min(np.diff(entropies)),
         "az-trainability": sum(terms) / len(terms),
     }
+
+
+def dextr(model, inputs, labels=None, points=16, step=1e-4):
+    """Central differences around the circle; for smooth networks."""
+    model, maps = ready(model), leaf_maps(model, inputs)
+    ratios = [s[-1] / s[0] for s in (np.linalg.svd(rows, compute_uv=False) for rows in maps) if s[0] > 0]
+    x = inputs[0]
+    y = torch.randn(x.shape, generator=torch.Generator().manual_seed(OWN_DRAWS)).to(x)
+    y = y - x * (x * y).sum() / (x * x).sum()
+    y = y * x.norm() / y.norm()
+
+    def curve(shift):
+        t = torch.arange(points, dtype=x.dtype).view(-1, 1, 1, 1) * (2 * math.pi / points) + shift
+        with torch.no_grad():
+            return model(x * t.cos() + y * t.sin()).numpy()
+
+    before, here, after = curve(-step), curve(0.0), curve(step)
+    v, a = (after - before) / (2 * step), (after - 2 * here + before) / step**2
+    normal = a - v * ((v * a).sum(1) / (v * v).sum(1))[:, None]  # the part of the acceleration that turns
+    k = math.log1p(np.mean(np.linalg.norm(normal, axis=1) / (v * v).sum(1)))
+    s = math.log1p(sum(ratios))
+    return s * k / (s + k)

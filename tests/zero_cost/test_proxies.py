@@ -89,6 +89,14 @@ def test_az_nas_equals_stage_by_stage(scored):
         assert scores[name] == pytest.approx(expected, rel=1e-5), name
 
 
+def test_dextr_equals_central_differences_on_a_smooth_network():
+    torch.manual_seed(0)
+    model = SPACE.build(SPACE.decode(CELLS[0]), channels=4, cells_per_stage=1, act=lambda _: nn.Tanh()).double()
+    inputs, labels = images()
+    found = zero_cost.score(model, (inputs.double(), labels), "dextr")
+    assert found["dextr"] == pytest.approx(reference.dextr(model, inputs.double()), rel=1e-5), found.reasons
+
+
 def test_per_sample_gradients_of_every_kind_of_layer():
     """Groups, dilation, strides, string padding, one and three dimensions, transposition, a layer used twice."""
 

@@ -110,3 +110,25 @@ def az_trainability(captured: Captured) -> float:
     if len(values) < len(found):
         raise NoValue("a stage is the identity")
     return sum(2 - s - 1 / (s + 1e-6) for s in values) / len(values)
+
+
+@proxy(
+    "dextr",
+    needs=("features", "curve"),
+    formula="s k / (s + k), s = log(1 + sum over leaf modules of least / largest singular value of sample 0's map), "
+    "k = log(1 + mean over a circle of inputs of sqrt(|v|^2 |a|^2 - (v a)^2) / |v|^3), v and a: first and second "
+    "derivative of the logits by the angle",
+    source="Asthana et al., Dextr, 2025; extrinsic curvature as in Poole et al., NeurIPS 2016, section 3",
+)
+def dextr(captured: Captured) -> float:
+    ratios = 0.0
+    for feature in _maps(captured):
+        values = torch.linalg.svdvals(feature.double())
+        ratios += float(values[-1] / values[0]) if values[0] > 0 else 0.0
+    v, a = (derivative.double() for derivative in captured.curve)
+    speed = v.square().sum(1)
+    if not (speed > 0).all():
+        raise NoValue("the output does not move with the input")
+    area = (speed * a.square().sum(1) - (v * a).sum(1).square()).clamp(min=0).sqrt()
+    s, k = math.log1p(ratios), math.log1p(float((area / speed**1.5).mean()))
+    return s * k / (s + k) if s + k else 0.0
