@@ -194,7 +194,7 @@ def correlate(
     """
     from benchmarks.registry import open_table
     from nas.scoring.aggregates import needed, with_aggregates
-    from nas.scoring.correlation import BASELINES, accuracies, sample_rows, with_random
+    from nas.scoring.correlation import BASELINES, accuracies, sample_rows, with_counts, with_random
     from nas.scoring.correlation import correlate as correlate_
     from nas.scoring.task import proxy_names
     from search_spaces.registry import space_text
@@ -205,7 +205,8 @@ def correlate(
     if scores is not None:
         found, rows = _published(scores, table, sample, draw, _positive("--seeds", seeds))
         names = list(found.proxies) if proxies == "all" else proxy_names(proxies)
-        names = list(dict.fromkeys([*names, *(b for b in BASELINES[:3] if b in found.proxies)]))
+        names = list(dict.fromkeys([*names, *BASELINES[:3]]))
+        found = with_counts(found, table.space)
     else:
         names = list(dict.fromkeys([*proxy_names(proxies), *BASELINES[:3]]))
         rows = sample_rows(table, sample, draw)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.table import Table
 from nas.scoring.many import ScoreTable
+from nas.scoring.task import COUNTED
 from search_spaces.common.errors import UserError
+from search_spaces.space import SearchSpace
 from zero_cost.correlation import rank_statistics
 
 BASELINES = ("params", "macs", "live-macs", "random")
@@ -103,7 +105,18 @@ def with_random(table: ScoreTable, rng: np.random.Generator) -> ScoreTable:
     """The table and a proxy `random`, uniform numbers."""
     drawn = rng.random((len(table.archs), 1, len(table.seeds)))
     values = np.concatenate([table.values, drawn], 1)
-    return ScoreTable(table.archs, (*table.proxies, "random"), table.seeds, values, table.reasons, table.networks)
+    return replace(table, proxies=(*table.proxies, "random"), values=values)
+
+
+def with_counts(table: ScoreTable, space: SearchSpace) -> ScoreTable:
+    """The table and those of params, macs and live-macs that it lacks, of the space's default network."""
+    missing = [name for name in COUNTED if name not in table.proxies]
+    if not missing:
+        return table
+    costs = [space.cost(space.decode(text)) for text in table.archs]
+    counted = np.array([[float(cost[COUNTED[name]]) for name in missing] for cost in costs])
+    values = np.concatenate([table.values, np.repeat(counted[:, :, None], len(table.seeds), 2)], 1)
+    return replace(table, proxies=(*table.proxies, *missing), values=values)
 
 
 def sample_rows(table: Table, count: int | None, rng: np.random.Generator) -> np.ndarray:

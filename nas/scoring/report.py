@@ -98,7 +98,7 @@ def _lead(order: Sequence[ProxyCorrelation], metric: str, n: int) -> str:
 def _how(seeds: int) -> str:
     text = (
         "Intervals are percentiles over architectures drawn anew (bootstrap). An architecture without a value ranks "
-        "worst. Params, macs, live-macs and random are baselines: a proxy that does not beat them is not worth its cost."
+        "worst. Params, macs, live-macs and random are the baselines: a proxy below them is not worth its cost."
     )
     if seeds > 1:
         text += f" Every figure is the mean over {seeds} seeds of weights and images, ± the standard deviation."

@@ -108,7 +108,7 @@ class ScoringTask:
         return dict(found), found.reasons
 
     def counts(self, arch: Any) -> dict[str, float]:
-        """`params`, `macs` and `live-macs` by the space's closed form; {} where it has none or images are not square."""
+        """`params`, `macs` and `live-macs` by the space's closed form; {} where there is none."""
         channels, height, width = self.opened().shape
         if height != width:
             return {}

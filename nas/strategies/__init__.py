@@ -23,6 +23,8 @@ STRATEGIES = {
     "successive-halving": "nas.strategies.successive_halving:SuccessiveHalving",
     "hyperband": "nas.strategies.hyperband:Hyperband",
     "grid": "nas.strategies.grid:Grid",
+    "robot": "nas.strategies.robot:Robot",
+    "warm-start": "nas.strategies.warm_start:WarmStart",
 }
 __all__ = ["STRATEGIES", "Strategy", "Trial", "make_strategy", "strategy_class", "strategy_settings"]
 

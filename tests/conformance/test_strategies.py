@@ -42,6 +42,8 @@ SMALL = {  # settings that suit a space of twelve
     "nsga-ii": {"population": 4},
     "successive-halving": {"fidelities": (1, 3, 9), "configurations": 5},
     "hyperband": {"fidelities": (1, 3, 9)},
+    "robot": {"scores": np.array, "explore": 5},
+    "warm-start": {"scores": np.array, "count": 3, "settings": {"population": 4, "tournament": 2}},
 }
 OBJECTIVES = parse_objectives("val_acc,params")
 LARGE_SPACE = NasBench201()
