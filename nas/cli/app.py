@@ -91,9 +91,18 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(str(error))
             return 0
+        if _bad_input_of_a_score(error):
+            return _fail(2, str(error), debug)
         if hasattr(error, "format_message"):  # wrong usage, found by the command-line library
             return _fail(2, _usage(error, arguments), debug)
         return _fail(1, f"{type(error).__name__}: {error} (a fault of nasforge; --debug shows where)", debug)
+
+
+def _bad_input_of_a_score(error: Exception) -> bool:
+    """zero_cost imports nothing of the house, so it has a UserError of its own."""
+    from zero_cost.errors import UserError as ScoreError
+
+    return isinstance(error, ScoreError)
 
 
 def _fail(status: int, message: str, debug: bool) -> int:
