@@ -27,6 +27,7 @@ _LAUNCH_BYTES = 16 << 20  # what a launch costs, as bytes: about 4 microseconds 
 _REREAD = 0.5  # of the price of a read, for what a looped program read just before
 _FIXED_REGISTERS = 16  # addresses and the like
 _MOST_EACH = 32  # elements of a thread
+_WIDEST = 32 * 32 * _MOST_EACH  # a row, which must be in one tile
 _REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128, 32: 64}  # a thread's, by warps: 65536 for a block
 _LARGEST = 2**31
 
@@ -184,7 +185,8 @@ def _fits(pressure: Pressure, elements: int, warps: int, itemsize: int, loop: bo
     each = max(elements // (32 * warps), 1)
     waiting = pressure.loaded * each * itemsize / 4 + pressure.kept * each + pressure.sums * each * loop
     needed = _FIXED_REGISTERS + waiting + pressure.alive * min(each, 8)
-    return each <= _MOST_EACH and needed <= _REGISTERS[warps]
+    most = _MOST_EACH if pressure.kept == 0 and pressure.loaded <= 1 else min(_MOST_EACH, _REGISTERS[warps] // 8)
+    return each <= most and needed <= _REGISTERS[warps]
 
 
 def _warps(pressure: Pressure, elements: int, itemsize: int, loop: bool) -> int:
@@ -239,6 +241,8 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
             loop = tiles > 1
     elements = channels * sizes["S"]
     warps = _warps(pressure, elements, shape.itemsize, loop)
+    if not warps and shape.rows and elements <= _WIDEST:  # too near the limit to promise that nothing spills
+        warps = 16 if elements <= 8192 else 32
     if not warps:
         raise Unsupported(f"{shape.c} channels", f"tiles that fit the registers, not of {elements} elements")
     unit = c if last else s

@@ -20,7 +20,10 @@ from search_spaces.layers.formula import parse_formula
 pytest.importorskip("triton")
 LARGE = Shape(128, 256, 784)
 REGISTERS = {1: 255, 2: 255, 4: 255, 8: 255, 16: 128, 32: 64}  # 65536 for a block of at most so many warps
-SPILLS: set[tuple[str, str]] = set()  # layers and passes whose kernels may spill: none does
+SPILLS = {
+    ("layer norm 16384", "backward"),
+    ("rms norm 16384", "backward"),
+}  # rows of 16,384 channels: 256 bytes at most
 LAYER_NORM = "v1 * (x - mean[channel](x)) / std[channel](x) + v0"
 TENSORS = {"forward": (1, 1), "backward": (2, 1)}  # of the size of x, that one pass over x reads and writes
 
@@ -148,6 +151,22 @@ def test_the_whole_catalogue(arch):
     shapes = (LARGE, replace(LARGE, last=True))
     for shape in shapes:
         check(compile_jobs(jobs([(name, shape) for name in catalog.CATALOG], arch), processes=os.cpu_count() or 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_wide_rows(arch):
+    rms = "v1 * x / rms[channel](x)"
+    graphs = {"layer norm": parse_formula(LAYER_NORM, affine=False), "rms norm": parse_formula(rms, affine=False)}
+    work: list[Job] = []
+    for channels in (1024, 4096, 8192, 16384):
+        for name, graph in graphs.items():
+            work += jobs_of(f"{name} {channels}", graph, Shape(16384, channels, 1, last=True), arch=arch)
+    reports = compile_jobs(work, processes=os.cpu_count() or 1)
+    check(reports)
+    spilling = {(r.layer, r.direction): r.stack for r in reports if r.stack}
+    assert set(spilling) == SPILLS
+    assert max(spilling.values()) <= 256
 
 
 @pytest.mark.slow

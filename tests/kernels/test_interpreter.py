@@ -32,10 +32,10 @@ def test_random_graphs():
 
 
 PARTS = {
-    "layers": 450,
+    "layers": 380,
     "tokens": 100,
-    "schedules": 150,
-    "traps": 200,
+    "schedules": 120,
+    "traps": 120,
     "non_finite": 40,
     "inputs": 19,
     "operations": 90,

@@ -63,7 +63,7 @@ def test_the_least_traffic(name, shape, training, schedule, forward, backward):
 def test_rows_are_read_once():
     graph = parse_formula("(x - mean[channel](x)) / std[channel](x)")
     derivative = programs(graph)
-    for channels in (64, 768, 4096):
+    for channels in (64, 768, 4096, 16384):
         shape = Shape(8192, channels, 1, 1, True, 2)
         assert traffic(plan(derivative.forward, shape)) == (1, 1, 1)
         assert traffic(plan(derivative.backward, shape)) == (2, 1, 2)
