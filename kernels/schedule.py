@@ -207,7 +207,7 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
     if not stages.own & K:
         sizes = _free_block(c, s, target, last)
         if stages.own & S:  # a sector of memory is 32 bytes
-            sizes["C"] = min(sizes["C"], max(target // _power(s), 64 // shape.itemsize if last else 1))
+            sizes["C"] = min(sizes["C"], max(target // _power(s), 32 // shape.itemsize if last else 1))
         blocks = -(-c // sizes["C"])
     elif stages.own & C == C:
         sizes = {"G": _power(groups), "K": _power(per_group)} if stages.splits_groups else {"C": _power(c)}
@@ -225,7 +225,9 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
     loop = False
     if stages.own & S:
         sizes["S"] = _power(s)
-        resident = channels * sizes["S"] <= (most or _LARGEST)
+        # channels innermost: a thread has eight of them, with all that is known of each
+        largest = _WIDEST // 2 if last else _WIDEST
+        resident = channels * sizes["S"] <= min(most or largest, largest)
         if not (resident and _warps(pressure, channels * sizes["S"], shape.itemsize, False)):
             loop = True
             sizes["S"] = max(min((most or 4 * target) // channels, sizes["S"] // 2), 1)
