@@ -223,22 +223,42 @@ def make_evaluator(
     label: str = "val",
     seed_policy: int | str = "mean",
     training: Mapping[str, Any] | None = None,
+    scoring: Mapping[str, Any] | None = None,
 ) -> Evaluator:
-    """The evaluator that `text` names: `table:ID`, `train` or `package.module:object`.
+    """The evaluator that `text` names: `table:ID`, `train`, `proxy:NAMES` or `package.module:object`.
 
-    training: the settings of `train`, as `TrainEvaluator.as_json` gives them. Errors: UserError; TestSplitError for
-    an objective on test images.
+    training: the settings of `train`, as `TrainEvaluator.as_json` gives them. scoring: those of `proxy:NAMES`, the
+    fields of `ProxyEvaluator` but the names. Errors: UserError; TestSplitError for an objective on test images.
     """
     kind, colon, rest = text.partition(":")
     if text == "train":
         return _train_evaluator(objectives or (), label, training)
+    if kind == "proxy" and rest:
+        return _proxy_evaluator(rest, objectives or (), scoring)
     if kind == "table" and rest:
         metrics = tuple(dict.fromkeys(o.name for o in objectives or ()))
         return TableEvaluator(rest, metrics, label, seed_policy)
     if colon and rest.replace(".", "_").isidentifier():
         _load(text)
         return ObjectEvaluator(text)
-    raise UserError(text, "an evaluator: table:<benchmark id>, train or package.module:object", _similar(text))
+    expected = "an evaluator: table:<benchmark id>, train, proxy:<names> or package.module:object"
+    raise UserError(text, expected, _similar(text))
+
+
+def _proxy_evaluator(names: str, objectives: Sequence[Objective], scoring: Mapping[str, Any] | None) -> Evaluator:
+    from nas.scoring.evaluator import ProxyEvaluator
+    from nas.scoring.task import proxy_names
+
+    if scoring is None or "space" not in scoring:
+        raise UserError(f"proxy:{names}", "the settings of scoring beside it (a space, and data)")
+    evaluator = ProxyEvaluator(**{**scoring, "proxies": tuple(proxy_names(names))})
+    for objective in objectives:
+        if objective.name not in evaluator.metrics():
+            known = evaluator.metrics()
+            raise UserError(
+                objective.name, f"a proxy of the evaluator ({one_of(known)})", nearest(objective.name, known)
+            )
+    return evaluator
 
 
 def _train_evaluator(objectives: Sequence[Objective], label: str, training: Mapping[str, Any] | None) -> Evaluator:

@@ -33,7 +33,9 @@ Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and use tr
 
 def search(
     benchmark: options.Benchmark = None,
-    evaluator: Annotated[str | None, typer.Option(help="table:ID, train or package.module:object.")] = None,
+    evaluator: Annotated[
+        str | None, typer.Option(help="table:ID, train, proxy:NAMES or package.module:object.")
+    ] = None,
     space: Annotated[
         str | None, typer.Option(help="A space's name or package.module:object (tables know theirs).")
     ] = None,
@@ -69,12 +71,18 @@ def search(
 ) -> None:
     """Search for an architecture; the run can be continued, reported and shown afterwards.
 
-    The options from --data to --cache are those of --evaluator train.
+    The options from --data to --cache are those of --evaluator train; proxy:NAMES (`nas proxies list`) takes --data,
+    --data-root, --size, --scale, --device, --threads and --cache.
     """
     if (benchmark is None) == (evaluator is None):
         raise UserError("--benchmark", "one of --benchmark and --evaluator")
     if queries is None and simulated_seconds is None and wall_seconds is None:
         queries = 300
+    scoring = read_scoring(
+        evaluator, space, scale, data=data, root=data_root, size=size, device=device, threads=threads, cache=cache
+    )
+    if scoring is not None:  # taken
+        data, data_root, size, scale, device, threads, cache = "digits", None, None, None, "cpu", 1, True
     training = read_training(
         evaluator,
         space,
@@ -98,6 +106,7 @@ def search(
     settings = {
         "evaluator": evaluator or f"table:{benchmark}",
         "training": training,
+        **({} if scoring is None else {"scoring": scoring}),
         "space": space,
         "strategy": strategy,
         "strategy_settings": options.read_settings(setting),
@@ -136,6 +145,16 @@ def read_training(
     return train_evaluator(space, preset, changes=changes, scale=network, **given).as_json()
 
 
+def read_scoring(evaluator: str | None, space: str | None, scale: Any, **given: Any) -> dict[str, Any] | None:
+    """The settings of a ProxyEvaluator from the options of a command; None for other evaluators. Errors: UserError."""
+    if evaluator is None or not evaluator.startswith("proxy:"):
+        return None
+    if space is None:
+        raise UserError("--space", "the space whose architectures are to be scored", "nas-bench-201")
+    root = given.pop("root")
+    return {"space": space, "network": options.read_settings(scale), "root": root and str(root), **given}
+
+
 def resume(
     run: options.RunFolder,
     workers: Annotated[int | None, typer.Option(help="Processes that evaluate (default: as before).")] = None,
@@ -168,7 +187,7 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     from nas.comparison import fill_settings
     from nas.evaluators import TableEvaluator, make_evaluator, space_of
     from nas.loop import search as run_search
-    from nas.objectives import parse_objectives
+    from nas.objectives import Objective, parse_objectives
     from nas.strategies import strategy_class
     from search_spaces.registry import load_space, space_text
 
@@ -178,7 +197,10 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     policy, training = settings["seed_policy"] or "mean", settings.get("training")
     if training is not None and objectives is None:
         objectives = parse_objectives("val_acc")
-    evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], policy, training)
+    scoring = settings.get("scoring")
+    evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], policy, training, scoring)
+    if scoring is not None and objectives is None:
+        objectives = (Objective(evaluator.metrics()[0], maximize=True),)  # type: ignore[attr-defined]
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
     if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:
         raise UserError(space.name, f"the space of {evaluator.benchmark}", evaluator.table.space_name)
@@ -189,6 +211,7 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
         "command": settings.get("command") or command_line(),
         "version": nas.__version__,
         "environment": settings.get("environment") or environment(),
+        **({} if scoring is None else {"scoring": scoring}),
     }
     arguments: dict[str, Any] = {
         "strategy": name,

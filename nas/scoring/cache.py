@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from search_spaces.common.errors import RunError
 from search_spaces.common.files import home
 
 BUSY_SECONDS = 60.0
+FEW = 500  # architectures that are asked for by name; of more, all that are kept are read
 Entry = tuple[str, int, str]  # architecture, seed, proxy
 _TABLE = """CREATE TABLE IF NOT EXISTS scores (task TEXT, arch TEXT, seed INTEGER, proxy TEXT, value REAL, reason TEXT,
 PRIMARY KEY (task, arch, seed, proxy)) WITHOUT ROWID"""
@@ -22,14 +23,21 @@ def default_cache() -> Path:
 
 
 class ScoreCache:
-    """The scores of one task. path: a SQLite file, None for memory only. Errors: RunError for a damaged file."""
+    """The scores of one task. path: a SQLite file, None for memory only. archs: those that are asked for.
 
-    def __init__(self, path: Path | None, task: str):
+    Errors: RunError for a damaged file.
+    """
+
+    def __init__(self, path: Path | None, task: str, archs: Sequence[str]):
         self.path, self.task = path, task
         self._known: dict[Entry, tuple[float, str]] = {}
         if path is not None:
-            rows = self._run("SELECT arch, seed, proxy, value, reason FROM scores WHERE task = ?", [(task,)])
-            for arch, seed, proxy, value, reason in rows:
+            question = "SELECT arch, seed, proxy, value, reason FROM scores WHERE task = ?"
+            values: tuple[str, ...] = (task,)
+            if len(archs) <= FEW:
+                question += f" AND arch IN ({', '.join('?' * len(archs))})"
+                values = (task, *archs)
+            for arch, seed, proxy, value, reason in self._run(question, [values]):
                 self._known[arch, seed, proxy] = (float("nan") if value is None else value, reason)
 
     def __contains__(self, entry: Entry) -> bool:

@@ -120,12 +120,15 @@ def with_counts(table: ScoreTable, space: SearchSpace) -> ScoreTable:
 
 
 def sample_rows(table: Table, count: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Rows of a benchmark, `count` of them drawn uniformly without replacement (None: all), ascending."""
+    """Rows of a benchmark, `count` of them drawn uniformly without replacement (None: all), ascending.
+
+    Of the same rng, a smaller sample is a part of a larger one: scores that are kept serve again.
+    """
     if count is None:
         return np.arange(len(table))
     if not 2 <= count <= len(table):
         raise UserError(count, f"a number of architectures from 2 to {len(table):,}, the rows of {table.id}")
-    return np.sort(rng.choice(len(table), count, replace=False))
+    return np.sort(rng.permutation(len(table))[:count])
 
 
 def accuracies(table: Table, rows: np.ndarray, label: str | None = None) -> tuple[np.ndarray, str]:

@@ -89,7 +89,7 @@ def score_architectures(
     def place(k: int, name: str) -> str:
         return standing[k] if name in shared else texts[k]
 
-    store = ScoreCache(cache, task.digest())
+    store = ScoreCache(cache, task.digest(), list({*texts, *standing}))
     wanted: dict[tuple[str, int], dict[str, None]] = {}
     for k in range(len(archs)):
         for name in names:

@@ -52,8 +52,9 @@ def score_own(
             batches=batches,
         )
         values[:, k] = list(found.values())
-        for name, reason in found.reasons.items():
-            reasons.setdefault(name, reason)
+        for name, proxy in zip(names, chosen, strict=True):
+            if proxy.name in found.reasons:
+                reasons.setdefault(name, found.reasons[proxy.name])
     return names, values, reasons
 
 

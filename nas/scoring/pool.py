@@ -37,9 +37,9 @@ def make_pool(
     """A pool of a space and its scores.
 
     scores: a function [N architectures] -> [N, M] or [N], or names of proxies. table: a Parquet file of scores; the
-    pool is then its architectures, and `scores` names its columns. Without one the pool is the whole space where that has
-    at most `size` architectures, else `size` random ones. task: settings of `ScoringTask` (`data`, `batch_size`, ...)
-    for proxies that are no counts of the space; a `cache` of False computes them anew. Errors: UserError.
+    pool is then its architectures, and `scores` names its columns. Without one the pool is the whole space where that
+    has at most `size` architectures, else `size` random ones. task: settings of `ScoringTask` (`data`, `batch_size`)
+    for proxies that are no counts of the space, besides `seed`, `workers` and `cache`. Errors: UserError.
     """
     if table is not None:
         if callable(scores):

@@ -23,8 +23,13 @@ from zero_cost.definition import Proxy
 from zero_cost.proxies import PROXIES
 
 COUNTED = {"params": "params", "macs": "macs", "live-macs": "live_macs"}  # proxy -> what `space.cost` calls it
-# What a pass captures from the whole network, dead branches included. All else follows from the function computed.
-_WHOLE = frozenset({"static", "weights", "codes", "features", "zen"})
+# What the passes capture that dead branches do not change; their weights have gradients of zero.
+_OF_THE_FUNCTION = frozenset(
+    {
+        *("logits", "jacobian", "gradients", "fisher", "second_order", "batch_gradients", "sign_sums", "ntk"),
+        *("synflow", "synflow_forward", "stages", "curve"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,14 @@ class ScoringTask:
 
     def score(self, arch: Any, seed: int, proxies: Iterable[str]) -> tuple[dict[str, float], dict[str, str]]:
         """({proxy: value}, {proxy: reason where it is NaN}) of one network."""
-        chosen = [find_proxy(name) for name in proxies]
+        chosen = {name: find_proxy(name) for name in proxies}
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             found = zero_cost.score(
                 self.model(arch, seed),
                 self.batch(seed),
-                chosen,
+                chosen.values(),
                 seed=seed,
                 device=self.device,
                 batches=self.batches,
@@ -105,7 +110,8 @@ class ScoringTask:
             )
         finally:
             torch.set_num_threads(before)
-        return dict(found), found.reasons
+        reasons = {name: found.reasons[p.name] for name, p in chosen.items() if p.name in found.reasons}
+        return {name: found[p.name] for name, p in chosen.items()}, reasons
 
     def counts(self, arch: Any) -> dict[str, float]:
         """`params`, `macs` and `live-macs` by the space's closed form; {} where there is none."""
@@ -151,7 +157,10 @@ def find_proxy(name: str) -> Proxy:
 
 def follows_function(proxy: Proxy) -> bool:
     """Whether a proxy sees nothing of branches that do not reach the output: equal functions may share its value."""
-    return "live_codes" in proxy.needs or _WHOLE.isdisjoint(proxy.needs)
+    needs = set(proxy.needs)
+    if "live_codes" in needs:  # the codes of ReLUs that a backward pass reaches
+        needs -= {"codes", "live_codes"}
+    return needs <= _OF_THE_FUNCTION
 
 
 MOST_CLASSES = 100_000

@@ -11,6 +11,7 @@ import pytest
 import small_space
 
 from nas.evaluators import Evaluator, ObjectEvaluator, TableEvaluator
+from nas.scoring.evaluator import ProxyEvaluator
 from nas.synthetic import SyntheticCurves
 from nas.training.evaluator import train_evaluator
 from search_spaces.registry import load_space
@@ -25,6 +26,10 @@ EVALUATORS = {
     "synthetic": lambda: (SyntheticCurves("nas-bench-201"), load_space("nas-bench-201")),
     "train": lambda: (
         train_evaluator("nas-bench-201", changes={"epochs": 1}, scale={"channels": 4, "cells_per_stage": 1}),
+        load_space("nas-bench-201"),
+    ),
+    "proxy": lambda: (
+        ProxyEvaluator("nas-bench-201", ("nwot", "live-macs"), network={"channels": 4, "cells_per_stage": 1}),
         load_space("nas-bench-201"),
     ),
 }
