@@ -76,7 +76,7 @@ def jobs_of(
     for value, names, what in ((arch, ARCHITECTURES, "an architecture"), (dtype, DTYPES, "a type")):
         if value not in names:
             raise UserError(value, f"{what} ({one_of(names)})", nearest(value, names))
-    lowered = lower(graph, training=training)
+    lowered = lower(graph, training=training, mixed=True)
     groups = graph.group_count(shape.c)
     n, s = (shape.n * shape.s, 1) if lowered.flat else (shape.n, shape.s)
     shape = Shape(n, shape.c, s, groups, shape.last or lowered.flat, DTYPES[dtype])

@@ -16,8 +16,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kernels.emit import Form, Source, check_supported, emit_tile
+from kernels.emit import Source, check_supported
 from kernels.emit_small import emit_levels
+from kernels.emit_tile import Form, emit_tile
 from kernels.program import REDUCTIONS, C, G, K, N, Program, S, Unsupported
 from kernels.stages import Level, Pressure, Stages, Tile, normalised
 
