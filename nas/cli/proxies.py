@@ -265,7 +265,7 @@ def _published(path: Path, table: Any, sample: int | None, rng: np.random.Genera
     count = len(found.archs)
     if sample is not None and not 2 <= sample <= count:
         raise UserError(sample, f"a number of architectures from 2 to {count:,}, the rows of {path}")
-    chosen = np.sort(rng.choice(count, sample, replace=False)) if sample is not None else np.arange(count)
+    chosen = np.sort(rng.permutation(count)[:sample]) if sample is not None else np.arange(count)
     archs = tuple(found.archs[k] for k in chosen)
     rows = table.rows_of([table.space.decode(text) for text in archs])
     return dataclasses.replace(found, archs=archs, values=found.values[chosen]), rows

@@ -210,8 +210,8 @@ def test_list_command(nas):
 
 def test_search_by_a_proxy(nas):
     status, out, error = nas(
-        "search", "--evaluator", "proxy:nwot", "--space", "nas-bench-201", "--strategy", "random-search", "--queries", 3,
-        "--scale", "channels=4", "--scale", "cells_per_stage=1", "--no-cache", "--json",
+        "search", "--evaluator", "proxy:nwot", "--space", "nas-bench-201", "--strategy", "random-search",
+        "--queries", 3, "--scale", "channels=4", "--scale", "cells_per_stage=1", "--no-cache", "--json",
     )  # fmt: skip
     assert status == 0, error
     found = json.loads(out)
