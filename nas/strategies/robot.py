@@ -30,7 +30,7 @@ class Robot(Strategy[A]):
     the search over weights asks for before the ranking is followed; 16 suits 20 queries. kappa (2.576): of the upper
     confidence bound. Proxies are scaled to [0, 1] over the pool, weights lie in [-1, 1].
 
-    Beyond the paper: the first weighting is the equal one, since all proxies are oriented so that higher is better;
+    Unlike the paper: the first weighting is the equal one, since all proxies are oriented so that higher is better;
     and of the weightings drawn only those compete whose first choice is new, since what the others would give is known.
     When the pool is used up, random architectures follow. It never waits.
     """
