@@ -14,7 +14,7 @@ _HOMES = {
     "FusedLayer": "kernels.layer",
     "BACKENDS": "kernels.backend",
     "obstacle": "kernels.backend",
-    "Unsupported": "kernels.program",
+    "Unsupported": "kernels.nodes",
 }
 __all__ = sorted(_HOMES)
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kernels.backend import BACKENDS, obstacle
     from kernels.fusion import Fused, Fusion, fuse, is_fused, unfuse
     from kernels.layer import FusedLayer
-    from kernels.program import Unsupported
+    from kernels.nodes import Unsupported
 
 
 def __getattr__(name: str) -> Any:

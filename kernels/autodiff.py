@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from kernels.program import FULL, REDUCTIONS, Builder, C, Program, S
+from kernels.nodes import FULL, REDUCTIONS, C, S
+from kernels.program import Builder, Program
 from search_spaces.common.errors import UserError
 
 

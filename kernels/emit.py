@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels.program import CONDITIONS, REDUCTIONS, Program, Unsupported, axes_text
+from kernels.nodes import CONDITIONS, REDUCTIONS, Unsupported, axes_text
+from kernels.program import Program
 from search_spaces.common.errors import one_of
 
 VERSION = 1  # of the text; part of every cache key

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kernels.emit import Lines, Source
-from kernels.program import C, G, K, N, S, axes_text
+from kernels.nodes import C, G, K, N, S, axes_text
 from kernels.stages import Level, Partial, Stages
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kernels.emit import NAN, Lines, Source
-from kernels.program import REDUCTIONS, C, G, K, N, S, axes_text
+from kernels.nodes import REDUCTIONS, C, G, K, N, S, axes_text
 from kernels.stages import Partial, Stages, Tile
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from kernels.backend import obstacle, resolve
 from kernels.layer import FusedLayer
+from kernels.nodes import Unsupported
 from kernels.norm_act import FUSED, FusedNorm, Moved, refusal
-from kernels.program import Unsupported
 from kernels.rewriting import copy_modes, replace_everywhere, rewritten
 from search_spaces.common.errors import UserError
 from search_spaces.layers.module import GraphLayer

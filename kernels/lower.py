@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kernels.program import FULL, Builder, C, K, N, Program, S, Unsupported
+from kernels.nodes import FULL, C, K, N, S, Unsupported
+from kernels.program import Builder, Program
 from search_spaces.common.errors import UserError
 from search_spaces.layers.graph import LEAVES, V0, V1, ZERO, LayerGraph, Node, X
 from search_spaces.layers.ops import PARAMETERS

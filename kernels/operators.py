@@ -19,7 +19,8 @@ from torch.library import Library, register_autograd, register_fake
 
 from kernels.autodiff import Derivative, differentiate
 from kernels.backend import by_kernels
-from kernels.program import Builder, Program, Unsupported, parse, shape_of
+from kernels.nodes import Unsupported, shape_of
+from kernels.program import Builder, Program, parse
 from kernels.reference import execute, from_program, to_program
 from search_spaces.common.errors import UserError
 

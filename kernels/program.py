@@ -1,68 +1,34 @@
-"""Program: the intermediate form of a fused layer, its text and its hash.
+"""Program: the intermediate form of a fused layer, its text and its hash; Builder, which makes programs.
 
-A value varies over a set of axes, its space: N the batch, G the groups of channels, K the channels of a group, S the
-positions of a sample. x and dy vary over all four, a channel vector over G and K. Outside a program, tensors have the
-shape of their space with G and K joined into one dimension of channels: [N, C, S], [N, C], [C], [N, G], [N], [] and so
-on (`shape_of`). How many groups there are is known only when a program runs.
-
-Operations, all total on floating-point numbers, with IEEE rules for what is undefined:
-
-* leaves: `input` (attr: name, axes: its space), `const` (attr: a number that is part of the structure), `scalar`
-  (attr: a number handed over at run time, such as an eps: it changes neither structure nor hash), `numel` (the
-  product of the sizes of `axes`, as a number);
-* reductions over `axes`, all of which the argument has: `sum`, and `var`, the mean squared distance from the mean,
-  which an executor must not take as a difference of moments;
-* `expand`: the same value with `axes` as its space;
-* element-wise ones, listed in ELEMENTWISE with their arities; what is not obvious: `guard(b, e)` is b - e where b < 0
-  and b + e elsewhere, and its derivative by b is 1; `clamp_max(a, c)` is at most c and passes gradients where a <= c;
-  `sign(0)` is 0; `softplus(a)` is a above 20, as torch has it; max and min hand NaN on; `lt`, `le` and `eq` are
-  conditions, which only `where(condition, a, b)` takes.
-
-Outputs are pairs (name, node); `y` and `dx` vary over all axes, `d<parameter>` and `moment_<k>` over channels.
+Outputs are pairs (name, node); `y` and `dx` vary over all axes, `d<parameter>` and `moment_<k>` over channels. What
+nodes there are and what they mean stands in `nodes`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from kernels import algebra
+from kernels.nodes import (
+    COMMUTATIVE,
+    FULL,
+    REDUCTIONS,
+    Node,
+    S,
+    Unsupported,
+    axes_text,
+    check_node,
+    parse_axes,
+    space_of,
+)
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
 
-N, G, K, S = 1, 2, 4, 8
-C = G | K
-FULL = N | C | S
-_LETTERS = {N: "N", G: "G", K: "K", S: "S"}
+__all__ = ["FULL", "HEADER", "Builder", "Program", "Unsupported", "parse"]
 HEADER = "nasforge program 1"
-
-LEAVES = ("input", "const", "scalar", "numel")
-REDUCTIONS = ("sum", "var")
-CONDITIONS = ("lt", "le", "eq")
-COMMUTATIVE = frozenset({"add", "mul", "max", "min", "eq"})
-ELEMENTWISE = {
-    **dict.fromkeys(("neg", "abs", "sign", "square", "exp", "log", "sqrt", "rsqrt"), 1),
-    **dict.fromkeys(("sigmoid", "tanh", "erf", "softplus"), 1),
-    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "guard", "clamp_max", *CONDITIONS), 2),
-    "where": 3,
-}
-_ARITY = {**dict.fromkeys(LEAVES, 0), **dict.fromkeys((*REDUCTIONS, "expand"), 1), **ELEMENTWISE}
-
-
-class Unsupported(UserError):
-    """A layer that programs cannot express, or an executor cannot run; it still runs by `evaluate`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One operation: `args` are positions of earlier nodes; `axes` and `attr` as the module's text says."""
-
-    op: str
-    args: tuple[int, ...] = ()
-    axes: int = 0
-    attr: str | float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +43,7 @@ class Program:
 
     def __post_init__(self) -> None:
         for at, node in enumerate(self.nodes):
-            _check(at, node)
+            check_node(at, node)
         names = [name for name, _ in self.outputs]
         if not names or len(set(names)) < len(names):
             raise UserError(str(names), "at least one output, no name twice")
@@ -182,59 +148,6 @@ def parse(text: str) -> Program:
     return Program(tuple(nodes), tuple(outputs))
 
 
-def axes_text(axes: int) -> str:
-    """`NGKS` for all axes, `-` for none."""
-    return "".join(letter for axis, letter in _LETTERS.items() if axes & axis) or "-"
-
-
-def parse_axes(text: str) -> int:
-    """Inverse of `axes_text`. Errors: UserError."""
-    axes = sum(axis for axis, letter in _LETTERS.items() if letter in text)
-    if axes_text(axes) != text:
-        raise UserError(text, "axes, such as NGKS, NS or -")
-    return axes
-
-
-def shape_of(space: int, n: int, groups: int, per_group: int, s: int) -> tuple[int, ...]:
-    """The shape of a value outside a program: G and K are one dimension, missing axes are none."""
-    channels = ([groups] if space & G else []) if not space & K else [groups * per_group]
-    return (*([n] if space & N else []), *channels, *([s] if space & S else []))
-
-
-def space_of(node: Node, args: list[int]) -> int:
-    """The space of a node from those of its arguments. Errors: UserError for axes that do not fit."""
-    if node.op == "input":
-        space = node.axes
-    elif node.op in ("const", "scalar", "numel"):
-        return 0
-    elif node.op in REDUCTIONS:
-        if not node.axes or node.axes & ~args[0]:
-            raise UserError(axes_text(node.axes), f"axes of {node.op} among those of its value, {axes_text(args[0])}")
-        space = args[0] & ~node.axes
-    elif node.op == "expand":
-        if args[0] & ~node.axes:
-            raise UserError(axes_text(node.axes), f"at least the axes of the value, {axes_text(args[0])}")
-        space = node.axes
-    else:
-        space = functools.reduce(int.__or__, args)
-    if space & K and not space & G:
-        raise UserError(axes_text(space), "no value that varies within groups but not over them")
-    return space
-
-
-def _check(at: int, node: Node) -> None:
-    if node.op not in _ARITY:
-        raise Unsupported(node.op, f"an operation of programs ({one_of(_ARITY, 40)})", nearest(node.op, _ARITY))
-    if len(node.args) != _ARITY[node.op] or not all(0 <= a < at for a in node.args):
-        raise UserError(f"%{at} = {node.op} {node.args}", f"{_ARITY[node.op]} earlier values")
-    wants = str if node.op == "input" else float if node.op in ("const", "scalar") else type(None)
-    if not isinstance(node.attr, wants):
-        raise UserError(f"%{at} = {node.op} {node.attr}", f"an attribute of type {wants.__name__}")
-
-
-# -- making programs --------------------------------------------------------------------------------------------
-
-
 class Builder:
     """Makes values one after the other, equal ones once; `builder("mul", a, b)` is an element-wise operation.
 
@@ -253,104 +166,52 @@ class Builder:
     def __call__(self, op: str, *args: int | float) -> int:
         """An element-wise operation on values (int) and constants (float)."""
         ids = [self.const(a) if isinstance(a, float) else a for a in args]
-        folded = self._fold(op, ids)
+        folded = algebra.folded(self, op, ids)
         if folded is not None:
             return folded
         if op in COMMUTATIVE:
             ids.sort(key=lambda id: (self._digests[id], id))
-        return self._add(Node(op, tuple(ids)))
+        return self.insert(Node(op, tuple(ids)))
 
     def input(self, name: str, space: int) -> int:
         """A tensor from outside."""
-        return self._add(Node("input", (), space, name))
+        return self.insert(Node("input", (), space, name))
 
     def const(self, value: float) -> int:
         """A number that is part of the structure."""
-        return self._add(Node("const", (), 0, float(value) + 0.0))
+        return self.insert(Node("const", (), 0, float(value) + 0.0))
 
     def scalar(self, value: float) -> int:
         """A number handed over at run time; equal numbers are one."""
-        return self._add(Node("scalar", (), 0, float(value) + 0.0))
+        return self.insert(Node("scalar", (), 0, float(value) + 0.0))
 
     def numel(self, axes: int) -> int:
         """The product of the sizes of `axes`."""
-        return self._add(Node("numel", (), axes)) if axes else self.const(1.0)
+        return self.insert(Node("numel", (), axes)) if axes else self.const(1.0)
 
     def expand(self, value: int, space: int) -> int:
         """The value with `space` as its space."""
-        return value if self.spaces[value] == space else self._add(Node("expand", (value,), space))
+        return value if self.spaces[value] == space else self.insert(Node("expand", (value,), space))
 
     def sum(self, value: int, axes: int) -> int:
         """The sum over `axes`; those that the value lacks multiply by their sizes."""
-        absent = axes & ~self.spaces[value]
-        if absent:
-            return self("mul", self.sum(value, axes & ~absent), self.numel(absent))
-        if not axes:
-            return value
-        lacking = self._lacking(value, axes, {}, _DEEPEST)
-        if not lacking and self.nodes[value].op == "neg":
-            return self("neg", self.sum(self.nodes[value].args[0], axes))
-        if not lacking:
-            return self._add(Node("sum", (value,), axes))
-        common = functools.reduce(int.__and__, lacking)
-        over = common or max(lacking, key=lambda axes: (axes & S, axes))
-        inside, outside = self._split(value, over, {}, _DEEPEST)
-        if inside is None or inside == value:  # the factor lies too deep
-            return self._add(Node("sum", (value,), axes))
-        total = self.sum(inside, over)
-        return self.sum(total if outside is None else self("mul", outside, total), axes & ~over)
-
-    def _lacking(self, value: int, axes: int, known: dict[int, set[int]], levels: int) -> set[int]:
-        """Of each factor of a value that lacks some of `axes`, which."""
-        if value not in known:
-            node = self.nodes[value]
-            lacks = axes & ~self.spaces[value] if self._number(value) != 1 else 0  # the 1 of 1 / a stays
-            if lacks == axes or node.op not in ("mul", "div", "neg") or not levels:
-                known[value] = {lacks} if lacks else set()
-            else:
-                known[value] = set().union(*(self._lacking(a, axes, known, levels - 1) for a in node.args))
-        return known[value]
-
-    def _split(self, value: int, over: int, known: dict[int, tuple], levels: int) -> tuple[int | None, int | None]:
-        """A value as a product: (the factors that vary over some of `over`, the others); None for none of them."""
-        if value in known:
-            return known[value]
-        node = self.nodes[value]
-        pair: tuple[int | None, int | None] = (value, None)
-        if not self.spaces[value] & over:
-            pair = (None, value)
-        elif node.op == "neg" and levels:
-            inside, outside = self._split(node.args[0], over, known, levels - 1)
-            pair = (inside, self.const(-1.0) if outside is None else self("neg", outside))
-        elif node.op in ("mul", "div") and levels:
-            parts = zip(*(self._split(a, over, known, levels - 1) for a in node.args), strict=True)
-            inside, outside = (self._combined(node.op, *part) for part in parts)
-            pair = (value if outside is None else inside, outside)  # unsplit values stay as they are
-        known[value] = pair
-        return pair
-
-    def _combined(self, op: str, a: int | None, b: int | None) -> int | None:
-        if b is None:
-            return a
-        if a is None:
-            return b if op == "mul" else self("div", 1.0, b)
-        return self(op, a, b)
+        return algebra.summed(self, value, axes)
 
     def mean(self, value: int, axes: int) -> int:
         """The mean over `axes`; those that the value lacks do not matter. Its sum keeps all factors: the mean of equal
         numbers should be that number, so that their distance from it is nothing."""
         axes &= self.spaces[value]
-        total = self._add(Node("sum", (value,), axes)) if axes else value
+        total = self.insert(Node("sum", (value,), axes)) if axes else value
         return self("div", total, self.numel(axes))
 
     def var(self, value: int, axes: int) -> int:
         """The biased variance over `axes`; those that the value lacks do not matter. Over none it is 0, also of NaN."""
         axes &= self.spaces[value]
-        return self._add(Node("var", (value,), axes)) if axes else self.const(0.0)
+        return self.insert(Node("var", (value,), axes)) if axes else self.const(0.0)
 
     def copy(self, node: Node, args: Iterable[int]) -> int:
         """The node of another program or builder on `args`."""
-        return self._add(Node(node.op, tuple(args), node.axes, node.attr))
+        return self.insert(Node(node.op, tuple(args), node.axes, node.attr))
 
     def program(self, outputs: Mapping[str, int]) -> Program:
         """The program of these outputs: nodes by first use, depth first."""
@@ -370,7 +231,13 @@ class Builder:
                 nodes.append(Node(node.op, tuple(place[a] for a in node.args), node.axes, node.attr))
         return Program(tuple(nodes), tuple((name, place[id]) for name, id in outputs.items()))
 
-    def _add(self, node: Node) -> int:
+    def constant(self, value: int) -> float | None:
+        """The number of a constant, None of other values."""
+        node = self.nodes[value]
+        return float(node.attr or 0.0) if node.op == "const" else None
+
+    def insert(self, node: Node) -> int:
+        """The value of a node as it is, without any algebra; known ones are found again."""
         id = self._known.get(node)
         if id is None:
             id = self._known[node] = len(self.nodes)
@@ -380,77 +247,3 @@ class Builder:
             self._digests.append(hashlib.blake2b(about.encode() + below, digest_size=8).digest())
             self.nodes.append(node)
         return id
-
-    def _number(self, id: int) -> float | None:
-        node = self.nodes[id]
-        return float(node.attr or 0.0) if node.op == "const" else None
-
-    def _fold(self, op: str, ids: list[int]) -> int | None:
-        numbers = [self._number(id) for id in ids]
-        if op in _FOLD and all(number is not None for number in numbers):
-            try:
-                return self.const(float(_FOLD[op](*numbers)))
-            except (ArithmeticError, ValueError):  # 0 / 0, exp(1000): left to the executor
-                return None
-        first = self.nodes[ids[0]]
-        if op == "neg":
-            return first.args[0] if first.op == "neg" else None
-        if op in ("mul", "div"):  # signs move outwards, where sums swallow them
-            bare = [self.nodes[id].args[0] if self.nodes[id].op == "neg" else id for id in ids]
-            if bare != ids:
-                value = self(op, *bare)
-                return value if bare[0] != ids[0] and bare[1] != ids[1] else self("neg", value)
-        if op == "where":
-            return ids[1 if numbers[0] else 2] if numbers[0] is not None else ids[1] if ids[1] == ids[2] else None
-        if op == "add":
-            for id, number, other in zip(ids, numbers, ids[::-1], strict=True):
-                if number == 0:
-                    return other
-                if self.nodes[id].op == "neg":
-                    return self("sub", other, self.nodes[id].args[0])
-        elif op == "sub":
-            second = self.nodes[ids[1]]
-            if numbers[1] == 0:
-                return ids[0]
-            if second.op == "neg":
-                return self("add", ids[0], second.args[0])
-            if numbers[0] == 0:
-                return self("neg", ids[1])
-        elif op == "div" and numbers[1] == 1:
-            return ids[0]
-        elif op == "mul":
-            for number, other in zip(numbers, ids[::-1], strict=True):
-                if number in (1, -1):
-                    return other if number == 1 else self("neg", other)
-                inner = self.nodes[other]
-                if number is not None and inner.op == "mul":
-                    for a, b in (inner.args, inner.args[::-1]):
-                        if (known := self._number(a)) is not None:
-                            return self("mul", number * known, b)
-        return None
-
-
-_DEEPEST = 100  # levels of a product in which a sum looks for factors
-_FOLD: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "max": max,
-    "min": min,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "eq": lambda a, b: a == b,
-    "neg": lambda a: -a,
-    "abs": abs,
-    "sign": lambda a: (a > 0) - (a < 0),
-    "square": lambda a: a * a,
-    "exp": math.exp,
-    "log": math.log,
-    "sqrt": math.sqrt,
-    "rsqrt": lambda a: 1 / math.sqrt(a),
-    "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
-    "tanh": math.tanh,
-    "erf": math.erf,
-    "softplus": lambda a: a if a > 20 else math.log1p(math.exp(a)),
-}

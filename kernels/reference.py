@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels.lower import LAYOUTS
-from kernels.program import FULL, C, G, K, N, Program, S, axes_text
+from kernels.nodes import FULL, C, G, K, N, S, axes_text
+from kernels.program import Program
 from search_spaces.common.errors import UserError
 
 _DIMS = {N: 0, G: 1, K: 2, S: 3}

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from kernels import cache
 from kernels.emit import HEADER, VERSION
-from kernels.program import FULL, REDUCTIONS, G, K, N, Program, S, Unsupported, parse_axes, shape_of
+from kernels.nodes import FULL, REDUCTIONS, G, K, N, S, Unsupported, parse_axes, shape_of
+from kernels.program import Program
 from kernels.reference import execute
 from kernels.schedule import PROCESSORS, Plan, Shape, plan
 from kernels.stages import Stages, Tile

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from kernels.emit import Source, check_supported
 from kernels.emit_small import emit_levels
 from kernels.emit_tile import Form, emit_tile
-from kernels.program import REDUCTIONS, C, G, K, N, Program, S, Unsupported
+from kernels.nodes import REDUCTIONS, C, G, K, N, S, Unsupported
+from kernels.program import Program
 from kernels.stages import Level, Pressure, Stages, Tile, normalised
 
 SCHEDULES = ("R", "L", "U")

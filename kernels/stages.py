@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from kernels.program import FULL, REDUCTIONS, Builder, C, G, K, N, Node, Program, S, Unsupported, axes_text
+from kernels.nodes import FULL, REDUCTIONS, C, G, K, N, Node, S, Unsupported, axes_text
+from kernels.program import Builder, Program
 
 Place = tuple[int, int]  # (tile kernel, level of small kernels before it)
 _TILE = 1 << 30  # in the place of a level: the tile kernel itself, after all of them

@@ -1,8 +1,9 @@
 """BatchNorm and GroupNorm of [N, C, ...] with a residual sum and an activation after.
 
 y = act((x - mean) / sqrt(var + eps) * weight + bias + residual). groups 0 is BatchNorm: statistics over samples and
-positions, or the given ones in evaluation. Eager functions and launchers of `planes_triton`. Statistics are float32
-(float64 for float64); only x, the residual where the activation needs it, and the statistics are kept for backward.
+positions, or the given ones in evaluation. Eager functions and launchers of `planes_triton`, `groups_triton` and
+`partials_triton`. Statistics are float32 (float64 for float64); only x, the residual where the activation needs it, and
+the statistics are kept for backward.
 
 Bytes, with T those of x: groups that fit in registers 2 T forward and 3 T backward; others, and batches, 3 T and 5 T
 (less what the cache still holds: the last pass walks backwards); evaluation 2 T and 3 T; each way T more for reading
@@ -192,7 +193,7 @@ def forward(
     x = arranged(x, x)
     residual = None if residual is None else arranged(residual, x)
     weight, bias = _parameters(x, weight, bias)
-    shape, source, y = _Shape(x, groups), kernels("planes"), empty_as(x)
+    shape, y = _Shape(x, groups), empty_as(x)
     other = x if residual is None else residual
     sizes = (shape.channels, shape.positions)
     flags = {"ACT": act, "RESIDUAL": residual is not None}
@@ -205,7 +206,7 @@ def forward(
             found = mean, var
             if shape.fits(LARGEST_FORWARD):
                 grid = (shape.samples * groups,)
-                source.group_forward[grid](
+                kernels("groups").group_forward[grid](
                     x,
                     other,
                     weight,
@@ -224,13 +225,13 @@ def forward(
                 return y, mean, var
             parts = x.new_empty(shape.samples * shape.splits * shape.channels, dtype=torch.float32)
             squares = torch.empty_like(parts)
-            source.moments[shape.grid](x, parts, squares, *sizes, shape.length, shape.splits, **shape.tile)
+            kernels("partials").moments[shape.grid](x, parts, squares, *sizes, shape.length, shape.splits, **shape.tile)
             count = float(x.numel() // rows)
             lengths = (shape.positions, shape.length, shape.splits, count)
-            source.merge_moments[(ceil_div(rows, 16),)](
+            kernels("partials").merge_moments[(ceil_div(rows, 16),)](
                 parts, squares, mean, var, rows, items, *addressing, *lengths, BI=64, BR=16
             )
-        source.apply[shape.grid](
+        kernels("planes").apply[shape.grid](
             x,
             other,
             mean,
@@ -271,7 +272,7 @@ def backward(
     x = arranged(x, x)
     dy, residual = arranged(dy, x), None if residual is None else arranged(residual, x)
     weight, bias = _parameters(x, weight, bias)
-    shape, source, dx = _Shape(x, groups), kernels("planes"), empty_as(x)
+    shape, dx = _Shape(x, groups), empty_as(x)
     dresidual = x.new_empty(0) if residual is None else empty_as(x)
     resident = not fixed and shape.fits(LARGEST_BACKWARD)
     splits = 1 if resident else shape.splits
@@ -285,16 +286,16 @@ def backward(
     flags = {"ACT": act, "RESIDUAL": residual is not None}
     with on_device(x):
         if resident:
-            source.group_backward[(shape.samples * groups,)](
+            kernels("groups").group_backward[(shape.samples * groups,)](
                 *tensors, *results, sums, products, *sizes, shape.width, eps, alpha, **flags, **shape.group_tile
             )
         else:
             flags["BATCH"] = groups == 0
-            source.grad_sums[shape.grid](
+            kernels("planes").grad_sums[shape.grid](
                 *tensors, *results, sums, products, *sizes, *cuts, eps, alpha, FIXED=fixed, **flags, **shape.tile
             )
         rows, items, *addressing = shape.rows(False, splits)
-        source.fold[(ceil_div(rows, 16),)](
+        kernels("partials").fold[(ceil_div(rows, 16),)](
             sums, products, weight, dbias, dweight, rows, items, *addressing, WEIGHTED=False, BI=64, BR=16
         )
         if not resident and not fixed:
@@ -302,11 +303,11 @@ def backward(
             if groups:
                 rows, items, *addressing = shape.rows(True, splits)
                 total, product = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-                source.fold[(ceil_div(rows, 16),)](
+                kernels("partials").fold[(ceil_div(rows, 16),)](
                     sums, products, weight, total, product, rows, items, *addressing, WEIGHTED=True, BI=64, BR=16
                 )
             count = float(x.numel() // rows)
-            source.grad_apply[shape.grid](
+            kernels("planes").grad_apply[shape.grid](
                 *tensors, total, product, *results, *sizes, *cuts, count, eps, alpha, **flags, **shape.tile
             )
     return dx, dresidual, dweight, dbias

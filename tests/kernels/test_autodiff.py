@@ -8,7 +8,7 @@ from kernel_cases import IMAGES, TOKENS, check, make_case, random_cases
 
 from kernels.autodiff import differentiate
 from kernels.lower import lower
-from kernels.program import FULL, REDUCTIONS, C, N, S
+from kernels.nodes import FULL, REDUCTIONS, C, N, S
 from kernels.reference import execute
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog

@@ -14,7 +14,8 @@ from kernel_cases import random_cases
 from kernels.autodiff import differentiate
 from kernels.emit import HEADER, TEMPLATES, Source
 from kernels.lower import lower
-from kernels.program import CONDITIONS, ELEMENTWISE, FULL, Builder, C, S, Unsupported
+from kernels.nodes import CONDITIONS, ELEMENTWISE, FULL, C, S, Unsupported
+from kernels.program import Builder
 from kernels.schedule import Shape, plan
 from search_spaces.layers import catalog
 from search_spaces.layers.graph import LayerGraph

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import make_case, random_cases
 
 from kernels.lower import lower
-from kernels.program import FULL, C, Unsupported
+from kernels.nodes import FULL, C, Unsupported
 from kernels.reference import execute, from_program, to_program
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog

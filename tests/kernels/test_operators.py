@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.layer import FusedLayer, make_source
-from kernels.program import Unsupported
+from kernels.nodes import Unsupported
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog
 from search_spaces.layers.evaluate import channel_dim
@@ -467,7 +467,7 @@ def test_fused_models_in_the_interpreter(importable):
 def test_graphs_without_kernels_run_by_torch_and_say_so(monkeypatch, caplog):
     """Where the runtime refuses a program, the reference runs it."""
     from kernels import operators
-    from kernels.program import Unsupported
+    from kernels.nodes import Unsupported
 
     def refuse(*_, **__):
         raise Unsupported("this shape", "another")

@@ -14,23 +14,8 @@ import torch
 
 from kernels.autodiff import DERIVATIVES, differentiate
 from kernels.lower import lower
-from kernels.program import (
-    ELEMENTWISE,
-    FULL,
-    Builder,
-    C,
-    G,
-    K,
-    N,
-    Node,
-    Program,
-    S,
-    Unsupported,
-    axes_text,
-    parse,
-    parse_axes,
-    shape_of,
-)
+from kernels.nodes import ELEMENTWISE, FULL, C, G, K, N, Node, S, Unsupported, axes_text, parse_axes, shape_of
+from kernels.program import Builder, Program, parse
 from kernels.reference import ELEMENTWISE as EXECUTED
 from kernels.reference import execute
 from search_spaces.common.errors import UserError

@@ -8,7 +8,8 @@ import torch
 
 from kernels.autodiff import differentiate
 from kernels.lower import lower
-from kernels.program import FULL, Builder, K, S, shape_of
+from kernels.nodes import FULL, K, S, shape_of
+from kernels.program import Builder
 from kernels.reference import execute, from_program, to_program
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog

@@ -12,7 +12,7 @@ import torch
 
 from kernels import cache, runtime
 from kernels.lower import lower
-from kernels.program import Unsupported
+from kernels.nodes import Unsupported
 from kernels.schedule import Shape
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog

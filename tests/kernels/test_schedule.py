@@ -11,7 +11,7 @@ from kernel_cases import random_cases
 
 from kernels.autodiff import differentiate
 from kernels.lower import lower
-from kernels.program import FULL, REDUCTIONS, C, K, S, Unsupported
+from kernels.nodes import FULL, REDUCTIONS, C, K, S, Unsupported
 from kernels.reference import execute
 from kernels.schedule import Plan, Shape, plan
 from kernels.stages import Level, Stages, Tile, normalised

@@ -14,7 +14,8 @@ from generated_cases import DEGENERATE, LAYERS, SCHEDULES, Task, by_kernels, err
 from kernel_cases import Case, make_case
 
 from kernels import runtime
-from kernels.program import CONDITIONS, ELEMENTWISE, FULL, Builder, Unsupported
+from kernels.nodes import CONDITIONS, ELEMENTWISE, FULL, Unsupported
+from kernels.program import Builder
 from kernels.reference import execute
 from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog
