@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from zero_cost.errors import NoValue, UserError
 from zero_cost.network import Network
 from zero_cost.static import StaticCosts
+
+if TYPE_CHECKING:
+    from zero_cost.passes.sequences import Attention
 
 logger = logging.getLogger("nasforge.zero_cost")
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,6 +92,10 @@ class Captured:
     map of sample 0 as [C, positions]. fisher: per layer. sign_sums: per weight, sum over its entries of
     abs(sum over samples of sign(g)). ntk: [n, n] float64. synflow_forward: log R. labels: None where there are none.
     curve: per point of a circle of inputs, [points, outputs] first and second derivatives of the logits by the angle.
+    inputs: of the first batch. attention: see `Attention`. output_gradients, absolute_gradients: {name of W_l:
+    gradient of the summed outputs}, as it is, and at absolute weights for an input of ones. hidden: per recurrent layer
+    its states [..., H] in order. hidden_gradients: gradients of half the squared norm of the outputs, by name of W_l,
+    and (state, gradient) pairs. sign_agreement: [B, B] units of all activation functions with inputs of one sign.
     """
 
     params: int
@@ -108,6 +116,13 @@ class Captured:
     zen: Zen
     stages: Stages
     curve: tuple[torch.Tensor, torch.Tensor]
+    attention: Attention
+    output_gradients: Named
+    absolute_gradients: Named
+    hidden: list[list[torch.Tensor]]
+    hidden_gradients: tuple[Named, list[tuple[torch.Tensor, torch.Tensor]]]
+    sign_agreement: torch.Tensor
+    inputs: torch.Tensor
     labels: torch.Tensor | None
     samples: int
     regularisation: tuple[float, float] | None

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 # What can be captured (the fields of `Captured` of the same name), and which captures read labels.
 NEEDS_LABELS = frozenset({"gradients", "fisher", "second_order", "batch_gradients", "sign_sums"})
 FORWARD_ONLY = frozenset(
-    {"params", "static", "weights", "codes", "features", "logits", "synflow_forward", "zen", "curve"}
+    {
+        *("params", "static", "weights", "codes", "features", "logits", "synflow_forward", "zen", "curve"),
+        *("inputs", "attention", "hidden", "sign_agreement"),
+    }
 )
 
 

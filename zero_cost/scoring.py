@@ -12,18 +12,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from zero_cost.captured import Loss, Probe
+from zero_cost.captured import Captured, Loss, Probe
 from zero_cost.definition import NEEDS_LABELS, Proxy
 from zero_cost.errors import NoValue, UserError, nearest
 from zero_cost.network import Network, Output, first_tensor, training
 from zero_cost.passes.curve import curve_pass
 from zero_cost.passes.per_sample import ntk_pass, sign_sums_pass
 from zero_cost.passes.redrawn import stages_pass, zen_pass
+from zero_cost.passes.sequences import sequences_pass
 from zero_cost.passes.synflow import synflow_pass
 from zero_cost.probe import shared_pass, static_pass
 from zero_cost.proxies import PROXIES
 
-PASSES = (static_pass, shared_pass, synflow_pass, sign_sums_pass, ntk_pass, zen_pass, stages_pass, curve_pass)
+PASSES = (
+    static_pass,
+    shared_pass,
+    synflow_pass,
+    sign_sums_pass,
+    ntk_pass,
+    zen_pass,
+    stages_pass,
+    curve_pass,
+    sequences_pass,
+)
 Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -80,14 +91,14 @@ def score(
     network = Network(model, device, seed, output)
     data = [(x.to(network.device), None if y is None else y.to(network.device)) for x, y in _batches(batch, batches)]
     samples = len(data[0][0])
-    reasons = {p.name: _refusal(p, samples, data[0][1], loss) for p in chosen}
+    reasons = {p.name: refusal(p, samples, data[0][1]) for p in chosen}
     usable = [p for p in chosen if not reasons[p.name]]
     if stages is None:
         named: Any = getattr(model, "stages", None)
         stages = named() if callable(named) else ()
     wanted = frozenset(need for p in usable for need in p.needs)
     probe = Probe(network, data, wanted, loss, few, repeats, tuple(stages))
-    probe.captured.labels, probe.captured.samples = data[0][1], samples
+    probe.captured.inputs, probe.captured.labels, probe.captured.samples = data[0][0], data[0][1], samples
     probe.captured.regularisation = regularisation
     with training(model), torch.enable_grad():
         for run in PASSES:
@@ -95,7 +106,7 @@ def score(
     begin = time.perf_counter()
     values = dict.fromkeys(reasons, math.nan)
     for found in usable:
-        values[found.name], reasons[found.name] = _value(found, probe)
+        values[found.name], reasons[found.name] = value_of(found, probe.captured, probe.failed)
     probe.seconds["proxies"] = time.perf_counter() - begin
     return Scores(values, {name: reason for name, reason in reasons.items() if reason}, probe.seconds)
 
@@ -115,19 +126,20 @@ def choose(proxies: str | Proxy | Iterable[str | Proxy]) -> list[Proxy]:
     return chosen
 
 
-def _refusal(proxy: Proxy, samples: int, labels: torch.Tensor | None, loss: Loss | None) -> str:
+def refusal(proxy: Proxy, samples: int, labels: torch.Tensor | None) -> str:
+    """Why a proxy cannot be had from such a batch; empty if it can."""
     if labels is None and (proxy.reads_labels or not NEEDS_LABELS.isdisjoint(proxy.needs)):
         return "needs labels"
     return f"needs at least {proxy.min_samples} samples, got {samples}" if samples < proxy.min_samples else ""
 
 
-def _value(proxy: Proxy, probe: Probe) -> tuple[float, str]:
-    """(value, "") or (NaN, reason)."""
+def value_of(proxy: Proxy, captured: Captured, failed: Mapping[str, str]) -> tuple[float, str]:
+    """(value, "") or (NaN, reason). failed: {field of captured: why it is missing}."""
     for need in proxy.needs:
-        if need in probe.failed:
-            return math.nan, probe.failed[need]
+        if need in failed:
+            return math.nan, failed[need]
     try:
-        value = float(proxy.compute(probe.captured))  # type: ignore[arg-type]
+        value = float(proxy.compute(captured))  # type: ignore[arg-type]
     except NoValue as reason:
         return math.nan, str(reason)
     except torch.linalg.LinAlgError as error:  # what was captured is not finite

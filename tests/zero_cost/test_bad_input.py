@@ -16,6 +16,14 @@ def images(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 3, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
+# Of transformers, recurrent networks and implicit ones: a reason everywhere else.
+OF_OTHER_MODELS = {
+    *("dss", "synaptic-diversity", "synaptic-saliency", "head-importance", "attention-confidence"),
+    *("softmax-confidence", "w-pca", "activation-distance", "hidden-covariance", "hidden-covariance-last"),
+    *("hidden-saliency", "recurrent-saliency", "spectrum"),
+}
+
+
 def network(*middle: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [
@@ -47,7 +55,7 @@ class HasLogits:
 
 def test_without_batch_norm_every_proxy_works():
     found = score(network(), [images(), images()[::1]], stages=["0", "1"])
-    assert set(found.reasons) <= {"reg-swap"}
+    assert set(found.reasons) == {"reg-swap"} | OF_OTHER_MODELS
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ MELLOR = "Mellor et al., Neural Architecture Search without Training, ICML 2021,
 HASH = "He et al., Neural networks behave as hash encoders, arXiv 2101.06490"
 
 
-def _log_determinant(agreement: torch.Tensor) -> torch.Tensor:
+def log_determinant(agreement: torch.Tensor) -> torch.Tensor:
+    """log |det K|; NoValue for a singular kernel."""
     sign, value = torch.linalg.slogdet(agreement)
     if value == -math.inf or sign <= 0:
         raise NoValue("the kernel is singular: two samples have the same code, or there are too few units")
@@ -29,7 +30,7 @@ def _log_determinant(agreement: torch.Tensor) -> torch.Tensor:
     min_samples=2,
 )
 def nwot(captured: Captured) -> torch.Tensor:
-    return _log_determinant(captured.codes.agreement())
+    return log_determinant(captured.codes.agreement())
 
 
 @proxy(
@@ -40,7 +41,7 @@ def nwot(captured: Captured) -> torch.Tensor:
     min_samples=2,
 )
 def nwot_live(captured: Captured) -> torch.Tensor:
-    return _log_determinant(captured.codes.agreement(live_only=True))
+    return log_determinant(captured.codes.agreement(live_only=True))
 
 
 def _regions(captured: Captured) -> torch.Tensor:

@@ -20,6 +20,12 @@ def correlation_matrix(rows: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
+def eigenvalue_score(matrix: torch.Tensor) -> torch.Tensor:
+    """-sum(log(v + k) + 1 / (v + k)) over the eigenvalues of a correlation matrix."""
+    values = torch.linalg.eigvalsh(matrix).clamp(min=0) + K
+    return -(values.log() + 1 / values).sum()
+
+
 @proxy(
     "jacov",
     needs=("jacobian",),
@@ -28,8 +34,7 @@ def correlation_matrix(rows: torch.Tensor) -> torch.Tensor:
     min_samples=2,
 )
 def jacov(captured: Captured) -> torch.Tensor:
-    values = torch.linalg.eigvalsh(correlation_matrix(captured.jacobian)).clamp(min=0) + K
-    return -(values.log() + 1 / values).sum()
+    return eigenvalue_score(correlation_matrix(captured.jacobian))
 
 
 @proxy(
