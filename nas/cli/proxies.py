@@ -46,6 +46,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 def list_(json: options.Json = False) -> None:
     """List the proxies: formula, what they need, source."""
     from nas.scoring.aggregates import AGGREGATES
+    from nas.scoring.trained import BN_ONLY, FORMULA, SOURCE
     from zero_cost import PROXIES
 
     output = Output("proxies list", json)
@@ -57,6 +58,8 @@ def list_(json: options.Json = False) -> None:
     for a in AGGREGATES.values():
         rows.append([a.name, f"{a.formula} ({', '.join(a.parts)})", "a population", a.source])
         listed.append({"name": a.name, "formula": a.formula, "parts": list(a.parts), "source": a.source})
+    rows.append([BN_ONLY, FORMULA, "data, labels, a short training", SOURCE])
+    listed.append({"name": BN_ONLY, "formula": FORMULA, "needs": ["data", "labels", "training"], "source": SOURCE})
     output.table(["proxy", "formula (higher is better)", "needs", "source"], rows)
     output.say("\nwith + between names: log-rank sum over a population, such as nwot+logsynflow+live-macs", style="dim")
     output.finish({"proxies": listed})
@@ -103,7 +106,6 @@ def score(
     assert space is not None
     if not arch:
         raise UserError("--arch", "an architecture in the notation of the space")
-    from nas.scoring import score_architectures
     from nas.scoring.aggregates import find_aggregate
     from nas.scoring.task import proxy_names
     from search_spaces.registry import load_space
@@ -114,17 +116,8 @@ def score(
             raise UserError(name, "a proxy of one network; this one ranks a population (`nas proxies correlate`)")
     task = _task(space, data, data_root, size, batch_size, batches, scale, device)
     archs = [load_space(space).decode(text) for text in arch]
-    with output.progress("networks") as progress:
-        table = score_architectures(
-            task,
-            archs,
-            names,
-            seeds=range(seed, seed + _positive("--seeds", seeds)),
-            by_class=False,  # the network that was asked for, not one of the same function
-            workers=workers,
-            cache=_cache(cache),
-            progress=progress,
-        )
+    range_of_seeds = range(seed, seed + _positive("--seeds", seeds))
+    table = _score_all(task, archs, names, range_of_seeds, workers, cache, output, by_class=False)  # the very network
     found = []
     for k, text in enumerate(table.archs):
         mean, spread = table.mean()[k], table.spread()[k]
@@ -213,7 +206,7 @@ def correlate(
         task = _task(space_text(table.space), data, data_root, size, batch_size, batches, scale, device)
         found = _compute(task, table, rows, needed(names), range(seed, seed + seeds), workers, cache, output)
     truth, metric = accuracies(table, rows, label)
-    whole = with_random(with_aggregates(found, names), draw)
+    whole = with_random(with_aggregates(found, names, table.space), draw)
     with output.progress("intervals") as progress:
         ranked = correlate_(whole, truth, resample, resamples=_positive("--resamples", resamples), progress=progress)
     reasons = _count_reasons(found.reasons)
@@ -245,14 +238,41 @@ def correlate(
 def _compute(
     task: ScoringTask, table: Any, rows: np.ndarray, names: list[str], seeds: range, workers: int, cache: bool, output
 ) -> Any:
-    from nas.scoring import score_architectures
-
     archs = [table.arch(int(row)) for row in rows]
     _positive("--seeds", len(seeds))
+    return _score_all(task, archs, names, seeds, workers, cache, output)
+
+
+def _score_all(
+    task: ScoringTask,
+    archs: list[Any],
+    names: list[str],
+    seeds: range,
+    workers: int,
+    cache: bool,
+    output: Output,
+    by_class: bool = True,
+) -> Any:
+    """Scores by passes, and then that by a short training if it is among them."""
+    from nas.scoring import score_architectures
+    from nas.scoring.trained import BN_ONLY, with_bn_only, without_bn_only
+
     with output.progress("networks") as progress:
-        return score_architectures(
-            task, archs, names, seeds=seeds, workers=workers, cache=_cache(cache), progress=progress
+        found = score_architectures(
+            task,
+            archs,
+            without_bn_only(names),
+            seeds=seeds,
+            by_class=by_class,
+            workers=workers,
+            cache=_cache(cache),
+            progress=progress,
         )
+    if BN_ONLY not in names:
+        return found
+    with output.progress("trainings") as progress:
+        found = with_bn_only(found, task, cache=_cache(cache), progress=progress)
+    return dataclasses.replace(found, proxies=tuple(names), values=np.stack([found.column(n) for n in names], 1))
 
 
 def _published(path: Path, table: Any, sample: int | None, rng: np.random.Generator, seeds: int) -> tuple[Any, Any]:

@@ -10,7 +10,9 @@ import numpy as np
 from nas.scoring.many import ScoreTable
 from nas.scoring.task import proxy_names
 from search_spaces.common.errors import UserError
-from zero_cost.correlation import average_ranks, log_rank_sum
+from search_spaces.graph import OpGraph
+from search_spaces.space import SearchSpace
+from zero_cost.correlation import average_ranks, log_rank_sum, majority_vote, share_of_best_sum
 from zero_cost.proxies import PROXIES
 
 
@@ -23,10 +25,32 @@ class Aggregate:
     combine: Callable[[Sequence[np.ndarray]], np.ndarray]
     formula: str
     source: str
+    of_graph: Callable[[OpGraph], float] | None = None  # of each architecture, combined as the last column
 
 
 def _rank_sum(columns: Sequence[np.ndarray]) -> np.ndarray:
     return np.sum([average_ranks(column) for column in columns], axis=0)
+
+
+def skipped_layers(graph: OpGraph) -> float:
+    """How many operations the skip connections of a graph pass by, on average; 0 without any.
+
+    Beside a skip connection stands the longest way between what it reads and what reads it; in NAS-Bench-201 an edge
+    from node i to node j passes by j - i - 1 of them.
+    """
+    n = len(graph.ops)
+    after = graph.adjacency.astype(bool)
+    found = []
+    for skip in (k for k, op in enumerate(graph.ops) if "skip" in op):
+        ways = [1.0]
+        for start in np.flatnonzero(after[:, skip]):
+            between = np.full(n, -np.inf)  # operations on the longest way from `start` to a node
+            between[start] = -1
+            for node in range(start + 1, n):
+                between[node] = max((between[p] + 1 for p in np.flatnonzero(after[:, node])), default=-np.inf)
+            ways += [between[end] for end in np.flatnonzero(after[skip])]
+        found.append(max(ways) - 1)
+    return float(np.mean(found)) if found else 0.0
 
 
 LOG_RANKS = "sum over the parts of log(rank / n), the best rank is n"
@@ -46,6 +70,22 @@ AGGREGATES = {
             _rank_sum,
             "rank of linear-regions + rank of ntk-condition",
             "Chen et al., TE-NAS, ICLR 2021, section 3.2",
+        ),
+        Aggregate(
+            "freerea",
+            ("logsynflow", "nwot"),
+            share_of_best_sum,
+            "logsynflow + nwot + skipped layers, each divided by its maximum; skipped layers: mean over skip "
+            "connections of the operations on the longest way beside one, less one",
+            "Cavagnero et al., FreeREA, WACV 2023, section 3.2 and released code",
+            skipped_layers,
+        ),
+        Aggregate(
+            "majority-vote",
+            ("synflow", "jacov", "snip"),
+            majority_vote,
+            "share of the others that at least two of the three rank below",
+            "Abdelfattah et al., Zero-Cost Proxies for Lightweight NAS, ICLR 2021, section 4.2",
         ),
     )
     if set(a.parts) <= set(PROXIES)
@@ -73,10 +113,11 @@ def needed(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def with_aggregates(table: ScoreTable, names: Sequence[str]) -> ScoreTable:
+def with_aggregates(table: ScoreTable, names: Sequence[str], space: SearchSpace | None = None) -> ScoreTable:
     """The columns `names`, aggregates formed over the architectures of the table for every seed by itself.
 
-    An architecture without a value of some part has the worst rank there.
+    An architecture without a value of some part has the worst rank there. space: of the architectures, for those that
+    look at their graphs (`freerea`). Errors: UserError without it.
     """
     columns = []
     for name in names:
@@ -85,5 +126,16 @@ def with_aggregates(table: ScoreTable, names: Sequence[str]) -> ScoreTable:
             columns.append(table.column(name))
             continue
         parts = [table.column(part) for part in aggregate.parts]
+        if aggregate.of_graph is not None:
+            parts.append(np.repeat(_of_graphs(aggregate, table, space)[:, None], len(table.seeds), 1))
         columns.append(np.stack([aggregate.combine([p[:, k] for p in parts]) for k in range(len(table.seeds))], 1))
     return replace(table, proxies=tuple(names), values=np.stack(columns, 1))
+
+
+def _of_graphs(aggregate: Aggregate, table: ScoreTable, space: SearchSpace | None) -> np.ndarray:
+    if space is None:
+        raise UserError(aggregate.name, "a proxy that needs no graphs of the architectures here")
+    if not any("skip" in word for word in space.vocabulary):
+        raise UserError(aggregate.name, f"a space with skip connections among its operations, not {space.name}")
+    assert aggregate.of_graph is not None
+    return np.array([aggregate.of_graph(space.graph(space.decode(text))) for text in table.archs])

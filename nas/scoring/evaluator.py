@@ -13,6 +13,7 @@ from nas.scoring.aggregates import find_aggregate
 from nas.scoring.cache import default_cache
 from nas.scoring.many import score_architectures
 from nas.scoring.task import ScoringTask, find_proxy, proxy_names
+from nas.scoring.trained import BN_ONLY, with_bn_only, without_bn_only
 from search_spaces.common.errors import UserError
 
 
@@ -20,9 +21,10 @@ from search_spaces.common.errors import UserError
 class ProxyEvaluator:
     """Scores architectures without training; the metric of a proxy is its name with underscores, higher is better.
 
-    proxies: names. space, data, root, size, batch_size, batches, network, few, repeats, regularisation, device,
-    threads: as in `ScoringTask`. seeds: of weights and images; a metric is the mean over them. The trial's own seed is
-    not used, so that all architectures are measured alike. cache: whether scores are kept in $NASFORGE_HOME.
+    proxies: names, `bn-only` (which trains) among them. space, data, root, size, batch_size, batches, network, few,
+    repeats, regularisation, device, threads: as in `ScoringTask`. seeds: of weights and images; a metric is the mean
+    over them. The trial's own seed is not used, so that all architectures are measured alike. cache: whether scores
+    are kept in $NASFORGE_HOME.
     Raises Rejected where a proxy has no value. Errors: UserError, also for a rank over a population (`az-nas`), which
     one architecture does not have.
     """
@@ -45,6 +47,8 @@ class ProxyEvaluator:
 
     def __post_init__(self) -> None:
         for name in proxy_names(self.proxies):
+            if name == BN_ONLY:
+                continue
             if find_aggregate(name) is not None:
                 raise UserError(name, "a proxy of one architecture; this one ranks a population")
             find_proxy(name)
@@ -72,13 +76,15 @@ class ProxyEvaluator:
             raise UserError(fidelity, "no fidelity: nothing is trained")
         path = default_cache() if self.cache else None
         table = score_architectures(
-            self.task(), [arch], self.proxies, seeds=self.seeds, by_class=False, cache=path
+            self.task(), [arch], without_bn_only(self.proxies), seeds=self.seeds, by_class=False, cache=path
         )  # fmt: skip
-        values = table.mean()[0]
-        for name, value in zip(table.proxies, values, strict=True):
+        if BN_ONLY in self.proxies:
+            table = with_bn_only(table, self.task(), cache=path)
+        values = [float(table.column(name).mean()) for name in self.proxies]
+        for name, value in zip(self.proxies, values, strict=True):
             if not np.isfinite(value):
                 raise Rejected(f"{name}: {table.reasons.get((table.archs[0], name), 'no value')}")
-        return dict(zip(self.metrics(), values.tolist(), strict=True))
+        return dict(zip(self.metrics(), values, strict=True))
 
 
 def metric_of(proxy: str) -> str:

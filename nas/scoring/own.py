@@ -12,6 +12,7 @@ from torch import nn
 
 import zero_cost
 from nas.scoring.task import ScoringTask, find_proxy, proxy_names
+from nas.scoring.trained import BN_ONLY
 from nas.training.data.dataset import NAMES
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import load_object
@@ -36,6 +37,8 @@ def score_own(
     function that returns them; what batches are not is read as a data set. Errors: UserError.
     """
     names = proxy_names(proxies)
+    if BN_ONLY in names:
+        raise UserError(BN_ONLY, "a score that does not train; `nas train --factory` trains a network of your own")
     chosen = [find_proxy(name) for name in names]
     values = np.full((len(names), len(seeds)), np.nan)
     reasons: dict[str, str] = {}
