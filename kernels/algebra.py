@@ -148,5 +148,8 @@ _FOLD: dict[str, Callable[..., float]] = {
     "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
     "tanh": math.tanh,
     "erf": math.erf,
+    "sin": math.sin,
+    "cos": math.cos,
+    "atan": math.atan,
     "softplus": lambda a: a if a > 20 else math.log1p(math.exp(a)),
 }

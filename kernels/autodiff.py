@@ -113,6 +113,19 @@ def _div(b: Builder, g: int, y: int, a: int, c: int) -> tuple[int, int]:
     return share, b("neg", b("mul", share, y))
 
 
+def _i1e(b: Builder, g: int, y: int, a: int) -> tuple[int]:
+    inside = b("sub", b("i0e", a), b("add", b("mul", b("sign", a), y), b("div", y, a)))
+    return (b("mul", g, b("where", b("eq", a, 0.0), 0.5, inside)),)
+
+
+def _pow(b: Builder, g: int, y: int, a: int, c: int) -> tuple[int, int]:
+    """Slopes 0 of a to the power 0, and by the exponent of 0 to the power of what is not negative."""
+    by_base = b("where", b("eq", c, 0.0), 0.0, b("mul", g, b("mul", c, b("pow", a, b("sub", c, 1.0)))))
+    by_exponent = b("mul", g, b("mul", y, b("log", a)))
+    at_zero = b("where", b("le", 0.0, c), 0.0, by_exponent)
+    return by_base, b("where", b("eq", a, 0.0), at_zero, by_exponent)
+
+
 def _softplus(b: Builder, g: int, y: int, a: int) -> tuple[int]:
     return (b("where", b("lt", b.const(20.0), a), g, b("mul", g, b("sigmoid", a))),)
 
@@ -130,10 +143,16 @@ DERIVATIVES: dict[str, Rule] = {
     "tanh": lambda b, g, y, a: (b("mul", g, b("sub", 1.0, b("square", y))),),
     "erf": lambda b, g, y, a: (b("mul", b("mul", 2 / math.sqrt(math.pi), g), b("exp", b("neg", b("square", a)))),),
     "softplus": _softplus,
+    "sin": lambda b, g, y, a: (b("mul", g, b("cos", a)),),
+    "cos": lambda b, g, y, a: (b("neg", b("mul", g, b("sin", a))),),
+    "atan": lambda b, g, y, a: (b("div", g, b("add", b("square", a), 1.0)),),
+    "i0e": lambda b, g, y, a: (b("mul", g, b("sub", b("i1e", a), b("mul", b("sign", a), y))),),
+    "i1e": _i1e,
     "add": lambda b, g, y, a, c: (g, g),
     "sub": lambda b, g, y, a, c: (g, b("neg", g)),
     "mul": lambda b, g, y, a, c: (b("mul", g, c), b("mul", g, a)),
     "div": _div,
+    "pow": _pow,
     "max": lambda b, g, y, a, c: (_unless_less(b, g, a, c), _unless_less(b, g, c, a)),
     "min": lambda b, g, y, a, c: (_unless_less(b, g, c, a), _unless_less(b, g, a, c)),
     "guard": lambda b, g, y, a, c: (g, None),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels import special
 from kernels.nodes import CONDITIONS, REDUCTIONS, Unsupported, axes_text
 from kernels.program import Program
 from search_spaces.common.errors import one_of
 
 VERSION = 1  # of the text; part of every cache key
 HEADER = "import triton\nimport triton.language as tl\n"
-NAN = "propagate_nan=tl.PropagateNan.ALL"
+NAN = special.NAN
 _TANH_SERIES = "{0} * (1.0 + {0} * {0} * (-1.0 / 3.0 + {0} * {0} * (2.0 / 15.0 - {0} * {0} * (17.0 / 315.0))))"
 _LOG1P = (
     "tl.where(1.0 + {0} == 1.0, {0}, tl.log(1.0 + {0}) * ({0} / tl.where(1.0 + {0} == 1.0, 1.0, (1.0 + {0}) - 1.0)))"
@@ -35,6 +36,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     # 2 sigmoid(2a) - 1 loses all digits of a small a, for which the Taylor series is exact to 2e-9
     "tanh": (f"tl.where(tl.abs({{0}}) < 0.125, {_TANH_SERIES}, 2.0 * tl.sigmoid(2.0 * {{0}}) - 1.0)",),
     "erf": ("tl.erf({0})",),
+    "sin": special.SIN,
+    "cos": special.COS,
+    "atan": special.ATAN,
+    "i0e": special.I0E,
+    "i1e": special.I1E,
     "softplus": (
         "{t} = tl.exp(-tl.abs({0}))",
         "tl.where({0} > 20.0, {0}, tl.maximum({0}, 0.0, " + NAN + ") + " + _LOG1P.replace("{0}", "{t}") + ")",
@@ -43,6 +49,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "sub": ("{0} - {1}",),
     "mul": ("{0} * {1}",),
     "div": ("{0} / {1}",),
+    "pow": special.POW,
     "max": ("tl.maximum({0}, {1}, " + NAN + ")",),
     "min": ("tl.minimum({0}, {1}, " + NAN + ")",),
     "guard": ("tl.where({0} < 0.0, {0} - {1}, {0} + {1})",),

@@ -166,7 +166,7 @@ def _of_exponentials(b: Builder, node: Node, inputs: list[int]) -> int:
 
 def _power(b: Builder, node: Node, inputs: list[int]) -> int:
     if not node.eps:
-        raise Unsupported("pow without eps", "pow with an eps: (|a| + eps) to the power b")
+        return b("pow", *inputs)
     return b("exp", b("mul", inputs[1], b("log", _plus_eps(b, b("abs", inputs[0]), node.eps))))
 
 
@@ -175,6 +175,12 @@ def _asinh(b: Builder, a: int) -> int:
     size = b("where", negative, b("neg", a), a)  # |a|, with slope 1 at 0
     log = b("log", b("add", size, b("sqrt", b("add", b("square", a), 1.0))))
     return b("where", negative, b("neg", log), log)
+
+
+def _sinc(b: Builder, a: int) -> int:
+    zero = b("eq", a, 0.0)
+    safe = b("where", zero, 1.0, a)
+    return b("where", zero, 1.0, b("div", b("sin", safe), safe))
 
 
 def _log_sigmoid(b: Builder, a: int) -> int:
@@ -195,7 +201,10 @@ def _hard_sigmoid(b: Builder, a: int) -> int:
 # Graph operations that are one operation of programs, and those that are several. A new one joins one of these tables;
 # if programs lack it, also ELEMENTWISE of `program`, DERIVATIVES of `autodiff` and ELEMENTWISE of `reference`.
 _DIRECT = frozenset(
-    ("add", "sub", "mul", "max", "min", "neg", "sigmoid", "tanh", "abs", "square", "erf", "softplus"),
+    (
+        *("add", "sub", "mul", "max", "min", "neg", "sigmoid", "tanh", "abs", "square", "erf", "softplus"),
+        *("sin", "cos", "atan", "i0e", "i1e"),
+    )
 )
 # Near zero, differences such as 1 - erf(a) and e^a - 1 keep the absolute error of the whole, not the relative one.
 _COMPOSED: dict[str, Rule] = {
@@ -212,6 +221,7 @@ _COMPOSED: dict[str, Rule] = {
     "cosh": _of_exponentials,
     "expm1": lambda b, node, args: b("sub", _exp(b, node, args[0]), 1.0),
     "asinh": lambda b, node, args: _asinh(b, args[0]),
+    "sinc": lambda b, node, args: _sinc(b, args[0]),
     "gaussian": lambda b, node, args: b("exp", b("neg", b("square", args[0]))),
     "erfc": lambda b, node, args: b("sub", 1.0, b("erf", args[0])),
     "logsigmoid": lambda b, node, args: _log_sigmoid(b, args[0]),

@@ -15,8 +15,9 @@ Operations, all total on floating-point numbers, with IEEE rules for what is und
 * `expand`: the same value with `axes` as its space;
 * element-wise ones, listed in ELEMENTWISE with their arities; what is not obvious: `guard(b, e)` is b - e where b < 0
   and b + e elsewhere, and its derivative by b is 1; `clamp_max(a, c)` is at most c and passes gradients where a <= c;
-  `sign(0)` is 0; `softplus(a)` is a above 20, as torch has it; max and min hand NaN on; `lt`, `le` and `eq` are
-  conditions, which only `where(condition, a, b)` takes.
+  `sign(0)` is 0; `softplus(a)` is a above 20, as torch has it; i0e and i1e are the modified Bessel functions of the
+  first kind times e^-|a|; `pow(a, b)` of a negative a is NaN unless b is an integer; max and min hand NaN on; `lt`,
+  `le` and `eq` are conditions, which only `where(condition, a, b)` takes.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ CONDITIONS = ("lt", "le", "eq")
 COMMUTATIVE = frozenset({"add", "mul", "max", "min", "eq"})
 ELEMENTWISE = {
     **dict.fromkeys(("neg", "abs", "sign", "square", "exp", "log", "sqrt", "rsqrt"), 1),
-    **dict.fromkeys(("sigmoid", "tanh", "erf", "softplus"), 1),
-    **dict.fromkeys(("add", "sub", "mul", "div", "max", "min", "guard", "clamp_max", *CONDITIONS), 2),
+    **dict.fromkeys(("sigmoid", "tanh", "erf", "softplus", "sin", "cos", "atan", "i0e", "i1e"), 1),
+    **dict.fromkeys(("add", "sub", "mul", "div", "pow", "max", "min", "guard", "clamp_max", *CONDITIONS), 2),
     "where": 3,
 }
 _ARITY = {**dict.fromkeys(LEAVES, 0), **dict.fromkeys((*REDUCTIONS, "expand"), 1), **ELEMENTWISE}

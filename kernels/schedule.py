@@ -110,11 +110,13 @@ def plan(
     schedule: admit only this kind. tile: the most elements in a tile, where blocks need not be larger.
 
     Errors: Unsupported for operations without a Triton form, channels that no tile holds, samples of 2^31 elements
-    with positions innermost, and a schedule that the program cannot have.
+    with positions innermost, 2^31 channels of all samples together, and a schedule that the program cannot have.
     """
     check_supported(program)
     if shape.c * shape.s >= _LARGEST and not (shape.last or shape.rows):
         raise Unsupported(f"a sample of {shape.c * shape.s} elements", "fewer than 2^31, or channels_last")
+    if shape.n * shape.c >= _LARGEST and not shape.rows:  # statistics have 32-bit places
+        raise Unsupported(f"{shape.n} samples of {shape.c} channels", "fewer than 2^31 of both together")
     program = normalised(program, shape.rows)
     found: list[Plan] = []
     problems: list[Unsupported] = []

@@ -27,8 +27,9 @@ from search_spaces.common.errors import UserError
 from search_spaces.layers import catalog
 from search_spaces.layers.evaluate import channel_dim
 from search_spaces.layers.formula import parse_formula
-from search_spaces.layers.graph import LayerGraph
+from search_spaces.layers.graph import LayerGraph, make_node
 from search_spaces.layers.module import GraphLayer
+from search_spaces.layers.ops import PARAMETERS
 
 graph_forward = torch.ops.nasforge.graph_forward
 
@@ -443,6 +444,21 @@ def test_statistics_of_several_processes_are_left_to_the_graph_layer(monkeypatch
     make("bn-relu", synchronize=False)[0](x)
     make("gn-relu")[0](x)
     assert not called
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_channel_vectors_beside_v0_and_v1(name):
+    """Nodes without inputs are parameters of the layer, with gradients."""
+    nodes = (make_node(name, ()), make_node("mul", (0, 4)), make_node("sigmoid", (5,)), make_node("max", (4, 6)))
+    plain = GraphLayer(LayerGraph(nodes, 7), 6)
+    nn.init.uniform_(getattr(plain, name), 0.3, 1.2, generator=torch.Generator().manual_seed(1))
+    fused = FusedLayer.of(copy.deepcopy(plain), "reference")
+    for layer in (fused, plain):
+        layer(normal(3, 6, 4)).square().sum().backward()
+    assert set(dict(fused.named_parameters())) == {"weight", "bias", name}
+    for found, wanted in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert wanted.grad.any()
+        assert_near(found.grad, wanted.grad)
 
 
 def test_graphs_that_kernels_cannot_express():

@@ -78,7 +78,15 @@ def test_without_a_device_kernels_are_refused(monkeypatch):
 def test_large_samples_are_refused_before_anything_is_allocated():
     with pytest.raises(Unsupported, match=r"2\^31"):
         runtime.compile_program(program(), Shape(1, 1 << 12, 1 << 19, 2))
-    assert runtime.compile_program(program(), Shape(1, 1 << 12, 1 << 19, 2, last=True)).plan.launches
+    with pytest.raises(Unsupported, match=r"2\^31"):
+        runtime.compile_program(program(), Shape(1 << 20, 1 << 12, 2, 2))
+    last, many, rows = (
+        Shape(1, 1 << 12, 1 << 19, 2, True),
+        Shape(1 << 12, 1 << 10, 1 << 10, 2),
+        Shape(1 << 22, 1 << 10, 1),
+    )
+    for shape in (last, many, rows):  # 2^31 elements and more
+        assert runtime.compile_program(program(), shape).plan.launches
 
 
 def test_importing_the_generator_imports_no_triton():

@@ -20,7 +20,7 @@ TOLERANCE = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DEGENERATE = 1e-6 / 1e-5**0.5  # of gradients that vanish because a variance does: divided by the root of an eps
 LAYERS = 2e-6  # of layers that are no random graphs, in float32
 SCHEDULES = ("R", "L", "U")
-PRESETS = ("evonorm24", "extended", "tokens")
+PRESETS = ("evonorm24", "extended", "tokens", "pangaea")
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def errors(task: Task, found: dict[str, Tensor]) -> Iterator[tuple[str, float, f
         yield name, off if off == off else float("inf"), allowed
 
 
-def graph_tasks(
-    count: int, seed: int = 0, presets: tuple[str, ...] = ("evonorm24", "extended", "tokens")
-) -> Iterator[Task]:
+def graph_tasks(count: int, seed: int = 0, presets: tuple[str, ...] = PRESETS) -> Iterator[Task]:
     """Random graphs that kernels run, types and layouts taking turns."""
     dtypes = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
     for preset in presets:
