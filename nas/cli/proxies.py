@@ -39,6 +39,8 @@ Batches = Annotated[int, typer.Option("--batches", help="Batches that zico compa
 Seeds = Annotated[int, typer.Option("--seeds", help="Seeds of weights and images, from --seed on.")]
 Workers = Annotated[int, typer.Option("--workers", help="Processes that score.")]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and use scores in $NASFORGE_HOME.")]
+_WEIGHTS_HELP = "own, or shared: one network of all choices, many architectures in one forward pass."
+Weights = Annotated[str, typer.Option("--weights", help=_WEIGHTS_HELP)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:1.")]
 
 
@@ -82,6 +84,7 @@ def score(
     seed: options.Seed = 0,
     seeds: Seeds = 1,
     workers: Workers = 1,
+    weights: Weights = "own",
     device: Device = "cpu",
     cache: Cache = True,
     json: options.Json = False,
@@ -95,7 +98,7 @@ def score(
     if (space is None) == (model is None):
         raise UserError("--space", "one of --space (with --arch) and --model")
     if model is not None:
-        for option, value in (("--arch", arch), ("--scale", scale)):
+        for option, value in (("--arch", arch), ("--scale", scale), ("--weights", weights != "own")):
             if value:
                 raise UserError(option, "--space with it")
         _score_model(
@@ -120,9 +123,8 @@ def score(
     table = _score_all(task, archs, names, range_of_seeds, workers, cache, output, by_class=False)  # the very network
     found = []
     for k, text in enumerate(table.archs):
-        mean, spread = table.mean()[k], table.spread()[k]
         reasons = {name: why for (of, name), why in table.reasons.items() if of == text}
-        found.append({"arch": text, **_scores(names, mean, spread, reasons, seeds)})
+        found.append({"arch": text, **_scores(names, table.values[k], reasons)})
     _print_scores(output, found, names, seeds)
     output.finish(found[0] if len(found) == 1 else {"architectures": found})
 
@@ -131,18 +133,19 @@ def _score_model(model: str, proxies: str, output: Output, **given: Any) -> None
     from nas.scoring.own import score_own
 
     names, values, reasons = score_own(model, proxies, **given)
-    seeds = len(given["seeds"])
-    spread = values.std(1, ddof=1) if seeds > 1 else np.full(len(names), np.nan)
-    found = {"model": model, **_scores(names, values.mean(1), spread, reasons, seeds)}
-    _print_scores(output, [found], names, seeds)
+    found = {"model": model, **_scores(names, values, reasons)}
+    _print_scores(output, [found], names, len(given["seeds"]))
     output.finish(found)
 
 
-def _scores(names: Any, mean: np.ndarray, spread: np.ndarray, reasons: dict[str, str], seeds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"scores": dict(zip(names, mean.tolist(), strict=True))}
-    if seeds > 1:
-        found["spread"] = dict(zip(names, spread.tolist(), strict=True))
-    return {**found, "reasons": reasons}
+def _scores(names: Any, values: np.ndarray, reasons: dict[str, str]) -> dict[str, Any]:
+    """Means over the seeds of values [proxies, seeds], and of several seeds how much they spread; a proxy that has no
+    value at some seed has no mean. non_finite: at how many seeds, where there are any."""
+    found: dict[str, Any] = {"scores": dict(zip(names, values.mean(1).tolist(), strict=True))}
+    if values.shape[1] > 1:
+        found["spread"] = dict(zip(names, values.std(1, ddof=1).tolist(), strict=True))
+    missing = (~np.isfinite(values)).sum(1).tolist()
+    return {**found, "non_finite": {n: k for n, k in zip(names, missing, strict=True) if k}, "reasons": reasons}
 
 
 def _print_scores(output: Output, found: list[dict[str, Any]], names: Any, seeds: int) -> None:
@@ -151,7 +154,9 @@ def _print_scores(output: Output, found: list[dict[str, Any]], names: Any, seeds
         rows = []
         for name in names:
             spread = [one["spread"][name]] if seeds > 1 else []
-            rows.append([name, one["scores"][name], *spread, one["reasons"].get(name, "")])
+            missing = one["non_finite"].get(name, 0)
+            some = f"{missing} of {seeds} seeds: " if 0 < missing < seeds else ""
+            rows.append([name, one["scores"][name], *spread, some + one["reasons"].get(name, "")])
         output.table(["proxy", "score", *(["standard deviation"] if seeds > 1 else []), ""], rows)
 
 
@@ -176,6 +181,7 @@ def correlate(
     seeds: Seeds = 1,
     resamples: Annotated[int, typer.Option(help="Bootstrap samples for the intervals.")] = 200,
     workers: Workers = 1,
+    weights: Weights = "own",
     device: Device = "cpu",
     cache: Cache = True,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with scatter plots.")] = None,
@@ -204,7 +210,7 @@ def correlate(
         names = list(dict.fromkeys([*proxy_names(proxies), *BASELINES[:3]]))
         rows = sample_rows(table, sample, draw)
         task = _task(space_text(table.space), data, data_root, size, batch_size, batches, scale, device)
-        found = _compute(task, table, rows, needed(names), range(seed, seed + seeds), workers, cache, output)
+        found = _compute(task, table, rows, needed(names), range(seed, seed + seeds), workers, weights, cache, output)
     truth, metric = accuracies(table, rows, label)
     whole = with_random(with_aggregates(found, names, table.space), draw)
     with output.progress("intervals") as progress:
@@ -236,7 +242,15 @@ def correlate(
 
 
 def _compute(
-    task: ScoringTask, table: Any, rows: np.ndarray, names: list[str], seeds: range, workers: int, cache: bool, output
+    task: ScoringTask,
+    table: Any,
+    rows: np.ndarray,
+    names: list[str],
+    seeds: range,
+    workers: int,
+    weights: str,
+    cache: bool,
+    output: Output,
 ) -> Any:
     archs = [table.arch(int(row)) for row in rows]
     _positive("--seeds", len(seeds))

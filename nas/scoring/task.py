@@ -91,14 +91,16 @@ class ScoringTask:
                 arch, in_channels=data.shape[0], num_classes=data.num_classes, **self.network
             )
 
-    def score(self, arch: Any, seed: int, proxies: Iterable[str]) -> tuple[dict[str, float], dict[str, str]]:
-        """({proxy: value}, {proxy: reason where it is NaN}) of one network."""
+    def score(
+        self, arch: Any, seed: int, proxies: Iterable[str], model: torch.nn.Module | None = None
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """({proxy: value}, {proxy: reason where it is NaN}) of one network (default: `model(arch, seed)`)."""
         chosen = {name: find_proxy(name) for name in proxies}
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             found = zero_cost.score(
-                self.model(arch, seed),
+                self.model(arch, seed) if model is None else model,
                 self.batch(seed),
                 chosen.values(),
                 seed=seed,
@@ -155,6 +157,15 @@ def find_proxy(name: str) -> Proxy:
     return PROXIES[canonical(name)]
 
 
+_OF_LIVE_CALLS = frozenset({"codes", "live_codes", "zen"})
+
+
+def follows_live_calls(proxy: Proxy) -> bool:
+    """Whether a proxy sees dead branches by their ReLU and BatchNorm calls alone: where nothing with weights is dead,
+    equal functions may share its value."""
+    return _OF_LIVE_CALLS.issuperset(proxy.needs)
+
+
 def follows_function(proxy: Proxy) -> bool:
     """Whether a proxy sees nothing of branches that do not reach the output: equal functions may share its value."""
     needs = set(proxy.needs)
@@ -188,6 +199,14 @@ def representative(space: SearchSpace, space_text: str, arch: Any) -> Any:
     except (UserError, OverflowError):
         small = False
     return _first_of_class(space_text)[space.function_key(arch)] if small else arch
+
+
+def nothing_dead(space: SearchSpace, arch: Any, standing: Any) -> bool:
+    """Whether `arch` has as many weights as the representative of its class: no dead branch has any."""
+    try:
+        return arch == standing or space.cost(arch)["params"] == space.cost(standing)["params"]
+    except UserError:
+        return False
 
 
 @functools.lru_cache(maxsize=2)

@@ -118,7 +118,7 @@ def stages_pass(probe: Probe) -> None:
         inputs = gaussian_like(probe, len(probe.batches[0][0]), generator).requires_grad_()
         with _stage_features(probe.network.model, probe.stage_names) as features:
             probe.network.forward(inputs.clone(), parameters)
-        eigenvalues = [_covariance_eigenvalues(feature.detach()) for feature in features]
+        eigenvalues = [covariance_eigenvalues(feature.detach()) for feature in features]
         signs = [torch.randint(2, f.shape, generator=generator).to(f) * 2 - 1 for f in features[1:]]
         gains = [_gain(*triple) for triple in zip(features, features[1:], signs, strict=False)]
         probe.captured.stages = Stages(eigenvalues, gains)
@@ -151,7 +151,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1) if x.dim() == 3 else x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _covariance_eigenvalues(feature: torch.Tensor) -> torch.Tensor:
+def covariance_eigenvalues(feature: torch.Tensor) -> torch.Tensor:
+    """[C] eigenvalues of the covariance of a stage's channels over samples and positions, in float64."""
     rows = _rows(feature).double()
     rows = rows - rows.mean(0)
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows))
