@@ -25,6 +25,11 @@ STRATEGIES = {
     "grid": "nas.strategies.grid:Grid",
     "robot": "nas.strategies.robot:Robot",
     "warm-start": "nas.strategies.warm_start:WarmStart",
+    "predictor": "nas.strategies.predictor_guided:PredictorGuided",
+    "bananas": "nas.strategies.predictor_published:Bananas",
+    "npenas": "nas.strategies.predictor_published:Npenas",
+    "brp-nas": "nas.strategies.predictor_published:BrpNas",
+    "weak-nas": "nas.strategies.predictor_published:WeakNas",
 }
 __all__ = ["STRATEGIES", "Strategy", "Trial", "make_strategy", "strategy_class", "strategy_settings"]
 
