@@ -17,6 +17,7 @@ from zero_cost.network import Network
 from zero_cost.static import StaticCosts
 
 if TYPE_CHECKING:
+    from zero_cost.layers import TransformerLayers
     from zero_cost.passes.sequences import Attention
 
 logger = logging.getLogger("nasforge.zero_cost")
@@ -92,10 +93,11 @@ class Captured:
     map of sample 0 as [C, positions]. fisher: per layer. sign_sums: per weight, sum over its entries of
     abs(sum over samples of sign(g)). ntk: [n, n] float64. synflow_forward: log R. labels: None where there are none.
     curve: per point of a circle of inputs, [points, outputs] first and second derivatives of the logits by the angle.
-    inputs: of the first batch. attention: see `Attention`. output_gradients, absolute_gradients: {name of W_l:
-    gradient of the summed outputs}, as it is, and at absolute weights for an input of ones. hidden: per recurrent layer
-    its states [..., H] in order. hidden_gradients: gradients of half the squared norm of the outputs, by name of W_l,
-    and (state, gradient) pairs. sign_agreement: [B, B] units of all activation functions with inputs of one sign.
+    inputs: of the first batch. layers, attention: see `TransformerLayers`, `Attention`. output_gradients,
+    absolute_gradients: {name of W_l: gradient of the summed outputs}, as it is, and at absolute weights for an input of
+    ones. hidden: per recurrent layer its states [..., H] in order. hidden_gradients: gradients of half the squared norm
+    of the outputs, by name of W_l, and (state, gradient) pairs. sign_agreement: [B, B] units of all activation
+    functions with inputs of one sign.
     """
 
     params: int
@@ -116,6 +118,7 @@ class Captured:
     zen: Zen
     stages: Stages
     curve: tuple[torch.Tensor, torch.Tensor]
+    layers: TransformerLayers
     attention: Attention
     output_gradients: Named
     absolute_gradients: Named

@@ -14,7 +14,13 @@ NEEDS_LABELS = frozenset({"gradients", "fisher", "second_order", "batch_gradient
 FORWARD_ONLY = frozenset(
     {
         *("params", "static", "weights", "codes", "features", "logits", "synflow_forward", "zen", "curve"),
-        *("inputs", "attention", "hidden", "sign_agreement"),
+        *("inputs", "layers", "attention", "hidden", "sign_agreement"),
+    }
+)
+WITHOUT_DATA = frozenset(
+    {
+        *("params", "static", "weights", "synflow", "synflow_forward", "zen", "stages"),
+        *("layers", "absolute_gradients"),
     }
 )
 
@@ -50,7 +56,7 @@ class Proxy:
     @property
     def data(self) -> bool:
         """Whether its value depends on the batch (more than on its shape)."""
-        return not {"params", "static", "weights", "synflow", "synflow_forward", "zen", "stages"}.issuperset(self.needs)
+        return not WITHOUT_DATA.issuperset(self.needs)
 
 
 def proxy(

@@ -94,6 +94,26 @@ def random_state(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Inside, a GPU repeats its results and computes in float32, not TF32; the switches are as before afterwards."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    switches: list[tuple[Any, str, bool]] = [
+        (convolutions, "deterministic", True),
+        (convolutions, "benchmark", False),
+        (convolutions, "allow_tf32", False),
+        (products, "allow_tf32", False),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Training mode inside (BatchNorm uses the statistics of the batch); every module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]

@@ -54,6 +54,7 @@ class Observer:
         self.broken: str | None = None
         self._kept: dict[int, list[Any]] = {}  # id of a layer's output -> [output or its copy, version]
         self._buffer = torch.empty(0, dtype=torch.int8)
+        self._handles: list[Any] = []
 
     def __call__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._kept and args and id(args[0]) in self._kept and changes_in_place(func, args, kwargs):
@@ -112,7 +113,12 @@ class Observer:
                     sums = product.flatten(2).sum(2)
                 self.saliencies.append(ChannelSaliency(0.5 * sums.square().mean(0), weight.numel() // sums.shape[1]))
 
-        output.register_hook(hook)
+        self._handles.append(output.register_hook(hook))
+
+    def close(self) -> None:
+        """Take the hooks away: outputs, their graph and the hooks hold each other, which nothing else would free."""
+        for handle in self._handles:
+            handle.remove()
 
     def result(self, logits: torch.Tensor) -> Codes:
         """The codes; `live` needs the graph of `logits`."""
@@ -137,9 +143,16 @@ def shared_pass(probe: Probe) -> None:
     """P1 to P4 on the first batch, each only as far as something wanted needs it; gradients of the other batches."""
     if not probe.wants(*SHARED):
         return
+    observer = Observer(probe, len(probe.batches[0][0]))
+    try:
+        _shared_pass(probe, observer)
+    finally:
+        observer.close()
+
+
+def _shared_pass(probe: Probe, observer: Observer) -> None:
     captured, network = probe.captured, probe.network
     inputs, labels = probe.batches[0]
-    observer = Observer(probe, len(inputs))
     graph = probe.wants(*LOSS_BACKWARD, "jacobian", "live_codes")
     leaf = inputs.detach()
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from torch import nn
 from zero_cost.captured import Captured, Loss, Probe
 from zero_cost.definition import NEEDS_LABELS, Proxy
 from zero_cost.errors import NoValue, UserError, nearest
-from zero_cost.network import Network, Output, first_tensor, training
+from zero_cost.network import Network, Output, first_tensor, random_state, reproducible, training
 from zero_cost.passes.curve import curve_pass
 from zero_cost.passes.per_sample import ntk_pass, sign_sums_pass
 from zero_cost.passes.redrawn import stages_pass, zen_pass
@@ -89,7 +89,9 @@ def score(
     """
     chosen = choose(proxies)
     network = Network(model, device, seed, output)
-    data = [(x.to(network.device), None if y is None else y.to(network.device)) for x, y in _batches(batch, batches)]
+    with random_state(network.device, seed):  # which a shuffled DataLoader draws from
+        read = _batches(batch, batches)
+    data = [(x.to(network.device), None if y is None else y.to(network.device)) for x, y in read]
     samples = len(data[0][0])
     reasons = {p.name: refusal(p, samples, data[0][1]) for p in chosen}
     usable = [p for p in chosen if not reasons[p.name]]
@@ -100,7 +102,7 @@ def score(
     probe = Probe(network, data, wanted, loss, few, repeats, tuple(stages))
     probe.captured.inputs, probe.captured.labels, probe.captured.samples = data[0][0], data[0][1], samples
     probe.captured.regularisation = regularisation
-    with training(model), torch.enable_grad():
+    with training(model), reproducible(), torch.enable_grad():
         for run in PASSES:
             run(probe)
     begin = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def score_own(
     values = np.full((len(names), len(seeds)), np.nan)
     reasons: dict[str, str] = {}
     own = None if data in NAMES or ":" not in data else load_object(data, "batches or a data set")
+    if isinstance(own, Iterator):
+        own = list(islice(own, batches))  # the same for every seed
     task = ScoringTask("", data, None if root is None else str(root), size, batch_size, batches)
     for k, seed in enumerate(seeds):
         batch = _own_batches(own) if own is not None else None
@@ -54,7 +57,7 @@ def score_own(
             device=device,
             batches=batches,
         )
-        values[:, k] = list(found.values())
+        values[:, k] = [found[proxy.name] for proxy in chosen]
         for name, proxy in zip(names, chosen, strict=True):
             if proxy.name in found.reasons:
                 reasons.setdefault(name, found.reasons[proxy.name])

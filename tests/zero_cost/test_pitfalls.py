@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import zero_cost
+from search_spaces import load_space
 from zero_cost import UserError, score
 from zero_cost.definition import proxy
 
@@ -306,3 +309,130 @@ def test_a_value_that_is_not_finite_is_nan_with_a_reason():
     found = score(Small(), batch(), [infinite])
     assert math.isnan(found["bad"])
     assert found.reasons["bad"] == "not finite: inf"
+
+
+CELLS = load_space("nas-bench-201")
+
+
+def test_a_network_has_its_own_operations_only():
+    """Not all operations with a mask, which would give every cell the same parameters."""
+    rng = np.random.default_rng(0)
+    for arch in [CELLS.sample(rng) for _ in range(4)]:
+        model = CELLS.build(arch, channels=4, cells_per_stage=1)
+        found = score(model, torch.zeros(2, 3, 8, 8), ["params", "l2-norm"])
+        assert found["params"] == CELLS.cost(arch, channels=4, cells_per_stage=1)["params"]
+        convolutions = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        assert len(convolutions) == 1 + 3 * sum(o in (2, 3) for o in arch) + 2 * 3 + 1
+        assert found["l2-norm"] == pytest.approx(sum(float(w.detach().norm()) for w in convolutions), rel=1e-6)
+
+
+def test_cells_without_convolutions_and_without_connection():
+    """Without convolutions the stem and the reductions still have ReLUs; without connection all samples are alike."""
+    names = ["nwot", "nwot-live", "grad-norm", "jacov", "live-macs"]
+    skips, nothing = (CELLS.build((o,) * 6, channels=4, cells_per_stage=1) for o in (1, 0))
+    assert not score(skips, batch(size=16), names).reasons
+    found = score(nothing, batch(size=16), names)
+    assert "singular" in found.reasons["nwot"]
+    assert "does not depend on the input" in found.reasons["jacov"]
+    assert found["live-macs"] == 0
+
+
+def test_scoring_keeps_no_activation_alive():
+    model, data = Small(), [batch(), batch(seed=1)]
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+    score(model, data)
+    before = tensors()
+    for _ in range(3):
+        score(model, data)
+    assert tensors() == before
+
+
+def test_jacov_of_unrelated_samples_is_minus_their_number():
+    """All eigenvalues are 1 where the gradients are uncorrelated: the batch sets the scale."""
+
+    class Quadratic(nn.Module):
+        def forward(self, x):
+            return (x * x).sum(1, keepdim=True) / 2  # J = x
+
+    for count in (4, 16):
+        signs = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(32)] for i in range(1, count + 1)])
+        found = score(Quadratic(), signs, "jacov")["jacov"]  # rows of a Hadamard matrix, of mean 0
+        assert found == pytest.approx(-count, rel=1e-4)
+
+
+def test_gradients_by_sample_see_batch_norm_as_a_norm_of_each_map():
+    model, (inputs, labels) = Small().double(), batch(6)
+    expected = 0.0
+    signs = []
+    for n in range(6):
+        loss = F.cross_entropy(model(inputs[n : n + 1].double()), labels[n : n + 1])
+        signs.append(torch.autograd.grad(loss, [model.first.weight, model.second.weight, model.head.weight]))
+    expected = sum(float(torch.stack(layer).sign().sum(0).abs().sum()) for layer in zip(*signs))
+    whole = torch.autograd.grad(F.cross_entropy(model(inputs.double()), labels), [model.first.weight])[0]
+    assert score(model, (inputs.double(), labels), "gradsign")["gradsign"] == expected
+    assert not torch.allclose(whole, sum(s[0] for s in signs) / 6)  # samples meet in the batch's statistics
+
+
+def test_tuples_and_flat_outputs_are_no_feature_maps():
+    class Mixed(nn.Module):
+        """A leaf that returns a tuple, a leaf that returns rows, and one feature map."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.map, self.row, self.state = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.GRUCell(4, 4)
+            self.steps = nn.GRU(4, 4, batch_first=True)
+
+        def forward(self, x):
+            x = self.map(x)
+            return self.row(self.steps(x.flatten(2).transpose(1, 2))[0][:, -1])
+
+    model, (inputs, _) = Mixed(), batch(4)
+    rows = model.map(inputs[:1])[0].flatten(1).detach().double()
+    expected = float(torch.linalg.eigvalsh(torch.corrcoef(rows))[0])
+    assert score(model, inputs, "meco")["meco"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_proxies_of_classes_refuse_other_tasks():
+    """Instead of a constant for all architectures."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1))
+    pixels = torch.randint(5, (4, 8, 8))
+    found = score(model, (batch(4)[0], pixels), ["epe-nas", "hash-accuracy", "snip"])
+    assert found.reasons == dict.fromkeys(("epe-nas", "hash-accuracy"), "needs one class label per sample")
+
+
+def test_a_gpu_is_asked_to_repeat_itself_in_single_precision():
+    seen = []
+
+    class Looks(Small):
+        def forward(self, x):
+            convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+            seen.append(
+                (convolutions.deterministic, convolutions.benchmark, convolutions.allow_tf32, products.allow_tf32)
+            )
+            return super().forward(x)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    torch.backends.cudnn.benchmark = True
+    try:
+        score(Looks(), batch(), ["grad-norm"])
+        assert set(seen) == {(True, False, False, False)}
+        assert torch.backends.cudnn.benchmark
+    finally:
+        torch.backends.cudnn.benchmark = before[1]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == (before[0], before[2])
+
+
+def test_a_shuffled_loader_follows_the_seed_and_leaves_the_random_state():
+    inputs, labels = batch(32)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    first = score(Small(), loader, "grad-norm", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(3)
+    assert dict(score(Small(), loader, "grad-norm", seed=1)) == dict(first)
+    assert dict(score(Small(), loader, "grad-norm", seed=2)) != dict(first)

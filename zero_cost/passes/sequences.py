@@ -20,7 +20,15 @@ from zero_cost.layers import TransformerLayers, transformer_layers
 from zero_cost.passes.recurrent import RecurrentStates
 from zero_cost.watch import DROPOUT_CALLS, LINEAR_CALLS, RELU_CALLS, Watch, argument
 
-FIELDS = ("attention", "output_gradients", "absolute_gradients", "hidden", "hidden_gradients", "sign_agreement")
+FIELDS = (
+    "layers",
+    "attention",
+    "output_gradients",
+    "absolute_gradients",
+    "hidden",
+    "hidden_gradients",
+    "sign_agreement",
+)
 SOFTMAX_CALLS = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax})
 # Increasing functions through 0 (or nearly), and the sigmoid: the sign of the input is the code.
 ACTIVATION_CALLS = RELU_CALLS | {
@@ -33,13 +41,12 @@ ACTIVATION_CALLS = RELU_CALLS | {
 class Attention:
     """Of a model with attention layers, over the first batch.
 
-    layers: which weights are whose. projections: per projection to queries, keys or values, the mean over samples and
+    projections: per projection to queries, keys or values, the mean over samples and
     channels of its maximum over tokens. maxima: per attention, the mean over samples, heads and queries of the
     greatest probability. spectra: per feed-forward pair the eigenvalues of the covariance of its hidden outputs.
     """
 
-    def __init__(self, layers: TransformerLayers):
-        self.layers = layers
+    def __init__(self) -> None:
         self.projections: list[float] = []
         self.maxima: list[float] = []
         self.spectra: list[torch.Tensor] = []
@@ -52,8 +59,9 @@ def sequences_pass(probe: Probe) -> None:
     network, captured = probe.network, probe.captured
     layers = transformer_layers(network.model)
     inputs = probe.batches[0][0]
+    captured.layers = layers
     if not layers.modules:
-        for name in ("attention", "output_gradients", "absolute_gradients"):
+        for name in ("layers", "attention", "output_gradients", "absolute_gradients"):
             probe.failed.setdefault(name, "the model has no attention layers")
     recurrent = any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in network.model.modules())
     if not recurrent and inputs.is_floating_point() and inputs.dim() != 3:  # else a layer may turn out to be recurrent
@@ -155,7 +163,7 @@ class _Sequences:
     """Handler of a Watch: reduces what passes by to what the proxies need."""
 
     def __init__(self, probe: Probe, layers: TransformerLayers):
-        self.attention = Attention(layers)
+        self.attention, self.projections = Attention(), layers.projections
         self.wanted, self.codes = probe.wants("attention"), probe.wants("sign_agreement")
         self.samples = len(probe.batches[0][0])
         self.names = {id(w): name for name, w in probe.network.parameters.items()}
@@ -175,8 +183,8 @@ class _Sequences:
             return result
         if func in LINEAR_CALLS:
             name = self.names.get(id(argument("weight", 1, args, kwargs)), "")
-            if name in self.attention.layers.projections:
-                self._project(result.detach(), self.attention.layers.projections[name])
+            if name in self.projections:
+                self._project(result.detach(), self.projections[name])
             elif name in self.hidden:
                 self.attention.spectra.append(covariance_spectrum(result.detach()))
         elif func in SOFTMAX_CALLS and self.depth and result.dim() >= 3:

@@ -32,13 +32,13 @@ def _saliency(weights: Named, gradients: Named, names: list[str]) -> torch.Tenso
 
 @proxy(
     "dss",
-    needs=("attention", "absolute_gradients"),
+    needs=("layers", "absolute_gradients"),
     formula="sum over matrices of attention ||W||_nuc ||dR/dW||_nuc + sum over other matrices sum |W dR/dW|; absolute "
     "parameters, R = sum of the outputs for an input of ones, normalisation kept, a fused projection is one matrix",
     source=f"{TF_TAS}, and released code",
 )
 def dss(captured: Captured) -> torch.Tensor:
-    attention, gradients = captured.attention.layers.weights, captured.absolute_gradients
+    attention, gradients = captured.layers.weights, captured.absolute_gradients
     others = [name for name in gradients if name not in attention]
     weights = {name: w.abs() for name, w in captured.weights.items()}
     found = _diversity(weights, gradients, attention)
@@ -47,22 +47,22 @@ def dss(captured: Captured) -> torch.Tensor:
 
 @proxy(
     "synaptic-diversity",
-    needs=("attention", "output_gradients"),
+    needs=("layers", "output_gradients"),
     formula="sum over matrices of attention ||W||_nuc ||dR/dW||_nuc, R = sum of the outputs",
     source=f"{TF_TAS}; of R as in {SERIANNI}",
 )
 def synaptic_diversity(captured: Captured) -> torch.Tensor:
-    return _diversity(captured.weights, captured.output_gradients, captured.attention.layers.weights)
+    return _diversity(captured.weights, captured.output_gradients, captured.layers.weights)
 
 
 @proxy(
     "synaptic-saliency",
-    needs=("attention", "output_gradients"),
+    needs=("layers", "output_gradients"),
     formula="sum over matrices of feed-forward pairs sum |W dR/dW|, R = sum of the outputs",
     source=f"{TF_TAS}; of R as in {SERIANNI}",
 )
 def synaptic_saliency(captured: Captured) -> torch.Tensor:
-    names = [name for pair in captured.attention.layers.feed_forward for name in pair]
+    names = [name for pair in captured.layers.feed_forward for name in pair]
     if not names:
         raise NoValue("the model has no feed-forward pairs of linear layers")
     return _saliency(captured.weights, captured.output_gradients, names)
@@ -70,12 +70,12 @@ def synaptic_saliency(captured: Captured) -> torch.Tensor:
 
 @proxy(
     "head-importance",
-    needs=("attention", "output_gradients"),
+    needs=("layers", "output_gradients"),
     formula="sum over matrices of attention sum |W dR/dW|, R = sum of the outputs",
     source=SERIANNI,
 )
 def head_importance(captured: Captured) -> torch.Tensor:
-    names = [name for name in captured.attention.layers.weights if name in captured.weights]
+    names = [name for name in captured.layers.weights if name in captured.weights]
     return _saliency(captured.weights, captured.output_gradients, names)
 
 
