@@ -19,7 +19,9 @@ class Flow:
     """Live nodes and edges of N graphs as vectors over the graphs.
 
     edges: (i, j) -> bool [N], the live edges. inner: n times bool [N], live nodes but input and output. is_last: n
-    times bool [N], the output node. All results are lists of n vectors [N].
+    times bool [N], the output node. inside, outside: n times int16 [N], live edges into and out of a node. entering,
+    leaving: as edges, the share float32 [N] of an edge among those into its target or out of its source. Results are
+    lists of n vectors [N].
     """
 
     def __init__(self, table: GraphTable):
@@ -39,14 +41,13 @@ class Flow:
         self._penalty = {pair: np.where(edge, 0, FAR).astype(np.int16) for pair, edge in self.edges.items()}
         self._forward = sorted(self.edges)  # by the source: whatever enters a node precedes what leaves it
         self._backward = sorted(self.edges, key=lambda pair: pair[1], reverse=True)
-
-    def degrees(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Live edges into and out of every node, int16."""
-        inside, outside = self._full(0), self._full(0)
+        self.inside, self.outside = self._full(0), self._full(0)
         for (i, j), edge in self.edges.items():
-            inside[j] += edge
-            outside[i] += edge
-        return inside, outside
+            self.inside[j] += edge
+            self.outside[i] += edge
+        one = np.float32(1)
+        self.entering = {(i, j): edge / np.maximum(self.inside[j], one) for (i, j), edge in self.edges.items()}
+        self.leaving = {(i, j): edge / np.maximum(self.outside[i], one) for (i, j), edge in self.edges.items()}
 
     def at_output(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """[N]: the value at each graph's output node."""
@@ -102,6 +103,44 @@ class Flow:
         for i, j in self._backward:
             count[i] += count[j] * self.edges[i, j]
         return count
+
+    def fewest_from_input(self, weight: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The least `weight` (of the nodes passed, the last one included) on a path; FAR or more where none is."""
+        least = self._full(FAR)
+        least[0][:] = 0
+        for i, j in self._forward:
+            np.minimum(least[j], least[i] + self._penalty[i, j] + weight[j], out=least[j])
+        return least
+
+    def walk_from_input(self, within: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Probability that a walk from the input, leaving each node by any of its edges alike, comes to the node;
+        walks that leave `within` end there. float32."""
+        chance = [np.zeros(len(self.is_last[0]), np.float32) for _ in range(self.nodes)]
+        chance[0][:] = 1
+        for i, j in self._forward:
+            step = chance[i] * self.leaving[i, j]
+            chance[j] += step if within is None else step * (within[j] | self.is_last[j])
+        return chance
+
+    def walk_to_output(self, within: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """The same for the walk that begins at the output and goes against the edges."""
+        chance = [last.astype(np.float32) for last in self.is_last]
+        for i, j in self._backward:
+            step = chance[j] * self.entering[i, j]
+            chance[i] += step if within is None or i == 0 else step * within[i]
+        return chance
+
+    def counted_on_walk(self, chosen: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation [N] of the number of `chosen` nodes that the walk from the output passes."""
+        at_node = [last.astype(np.float32) for last in self.is_last]
+        first = [np.zeros_like(values) for values in at_node]
+        second = [np.zeros_like(values) for values in at_node]
+        for i, j in self._backward:
+            share, hit = self.entering[i, j], chosen[i]
+            second[i] += share * (second[j] + hit * (2 * first[j] + at_node[j]))
+            first[i] += share * (first[j] + hit * at_node[j])
+            at_node[i] += share * at_node[j]
+        return first[0], np.sqrt(np.maximum(second[0] - first[0] ** 2, 0))
 
     def _full(self, value: int) -> list[np.ndarray]:
         return [np.full(len(self.is_last[0]), value, np.int16) for _ in range(self.nodes)]

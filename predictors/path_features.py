@@ -56,7 +56,7 @@ def operation_subsets(vocabulary: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
     flow = Flow(table)
-    inside, outside = flow.degrees()
+    inside, outside = flow.inside, flow.outside
     yield "live_nodes", total(flow.inner)
     yield "live_edges", total(inside)
     yield "output_degree", flow.at_output(inside)
@@ -67,6 +67,7 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
     to, onward = flow.paths_from_input(), flow.paths_to_output()
     through = [a * b for a, b in zip(to, onward, strict=True)]
     paths = flow.at_output(to)
+    walk_out, walk_back = flow.walk_from_input(), flow.walk_to_output()
     yield "shortest", _inverse(flow.at_output(near))
     yield "depth", np.maximum(flow.at_output(far), 0)
     yield "log_paths", np.log1p(paths)
@@ -82,6 +83,8 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         yield f"from_input[{op}]", _over(at[op], near) / some
         yield f"to_output[{op}]", _over(at[op], near_back) / some
         yield f"late_from_input[{op}]", most(np.where(a, d, 0) for a, d in zip(at[op], far, strict=True))
+        yield f"walk_from_input[{op}]", _over(at[op], walk_out)
+        yield f"walk_to_output[{op}]", _over(at[op], walk_back)
         yield f"late_to_output[{op}]", most(np.where(a, d, 0) for a, d in zip(at[op], far_back, strict=True))
     for subset in operation_subsets(table.vocabulary):
         label = "+".join(subset)
@@ -91,6 +94,10 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         yield f"live[{label}]", number
         yield f"shortest[{label}]", _inverse(flow.at_output(flow.shortest_from_input(chosen)))
         yield f"most_on_path[{label}]", np.maximum(flow.at_output(flow.longest_from_input(chosen)), 0)
+        yield f"fewest_on_path[{label}]", flow.at_output(flow.fewest_from_input(chosen))
+        yield f"spread_on_walk[{label}]", flow.counted_on_walk(chosen)[1]
+        yield f"walk_within[{label}]", flow.at_output(flow.walk_from_input(chosen))
+        yield f"walk_back_within[{label}]", flow.walk_to_output(chosen)[0]
         yield f"log_paths[{label}]", np.log1p(flow.at_output(flow.paths_from_input(chosen)))
         yield f"into_output[{label}]", flow.at_output(_inflow(flow, chosen))
         yield (
@@ -99,6 +106,19 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         )
         yield f"mean_in[{label}]", _over(chosen, inside) / some
         yield f"mean_out[{label}]", _over(chosen, outside) / some
+    ends = {"input": [np.full(len(table), j == 0) for j in range(flow.nodes)], "output": flow.is_last}
+    for (source, leaves), (target, enters) in itertools.product((at | ends).items(), repeat=2):
+        if source == "output" or target == "input":
+            continue
+        steps = {(i, j): leaves[i] & enters[j] for i, j in flow.edges}
+        yield (
+            f"step_out[{source}>{target}]",
+            total(steps[i, j] * walk_out[i] * flow.leaving[i, j] for i, j in flow.edges),
+        )
+        yield (
+            f"step_back[{source}>{target}]",
+            total(steps[i, j] * walk_back[j] * flow.entering[i, j] for i, j in flow.edges),
+        )
 
 
 def _over(chosen: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,6 +12,13 @@ from search_spaces.common.names import match
 
 PREDICTORS = {
     "gp-graf": "predictors.classical:GaussianProcess",
+    "cap": "predictors.neural.cap:Cap",
+    "feature-distilled": "predictors.neural.cap:FeatureDistilled",
+    "gin": "predictors.neural.cap:Gin",
+    "gmae": "predictors.neural.cap:Gmae",
+    "graph-transformer": "predictors.neural.cap:GraphTransformer",
+    "nn-former": "predictors.neural.cap:NnFormer",
+    "two-direction": "predictors.neural.cap:TwoDirection",
 }
 
 
