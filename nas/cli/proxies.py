@@ -120,7 +120,8 @@ def score(
     task = _task(space, data, data_root, size, batch_size, batches, scale, device)
     archs = [load_space(space).decode(text) for text in arch]
     range_of_seeds = range(seed, seed + _positive("--seeds", seeds))
-    table = _score_all(task, archs, names, range_of_seeds, workers, cache, output, by_class=False)  # the very network
+    # Not one of the same function: the network that was asked for.
+    table = _score_all(task, archs, names, range_of_seeds, workers, weights, cache, output, by_class=False)
     found = []
     for k, text in enumerate(table.archs):
         reasons = {name: why for (of, name), why in table.reasons.items() if of == text}
@@ -254,7 +255,7 @@ def _compute(
 ) -> Any:
     archs = [table.arch(int(row)) for row in rows]
     _positive("--seeds", len(seeds))
-    return _score_all(task, archs, names, seeds, workers, cache, output)
+    return _score_all(task, archs, names, seeds, workers, weights, cache, output)
 
 
 def _score_all(
@@ -263,6 +264,7 @@ def _score_all(
     names: list[str],
     seeds: range,
     workers: int,
+    weights: str,
     cache: bool,
     output: Output,
     by_class: bool = True,
@@ -278,6 +280,7 @@ def _score_all(
             without_bn_only(names),
             seeds=seeds,
             by_class=by_class,
+            weights=weights,
             workers=workers,
             cache=_cache(cache),
             progress=progress,

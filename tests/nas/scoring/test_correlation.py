@@ -10,8 +10,9 @@ import pyarrow.parquet as parquet
 import pytest
 import scipy.stats
 
+from benchmarks import Table, TableData, TestSplitError, write_table
 from benchmarks.registry import open_table
-from nas.scoring.correlation import STATISTICS, correlate, sample_rows, with_random
+from nas.scoring.correlation import STATISTICS, accuracies, correlate, sample_rows, with_random
 from nas.scoring.many import ScoreTable
 from nas.scoring.pool import make_pool, unit_scale
 from nas.scoring.published import read_scores
@@ -144,6 +145,26 @@ def test_correlate_command(nas, nas_bench_201):
     assert "did you mean 'nwot'" in error
 
 
+def test_test_values_are_read_through_the_one_door(tmp_path, rng):
+    """Validation values leave no trace; test values are recorded with what they are for."""
+    archs = [SPACE.encode(SPACE.from_code(int(code))) for code in rng.permutation(15_625)[:40]]
+    columns = {"val_acc_200": rng.random(40), "test_acc_200": rng.random(40)}
+    write_table(tmp_path / "t.safetensors", "my/t", TableData("nas-bench-201", archs, columns, "a test", "none"))
+    table, rows = Table.open(tmp_path / "t.safetensors"), np.array([3, 1, 30])
+    with pytest.raises(TestSplitError):
+        table.column("test_acc")
+    found, metric = accuracies(table, rows, "val")
+    assert metric.startswith("val_acc")
+    assert table.test_uses == []
+    np.testing.assert_array_equal(found, table.column("val_acc")[rows])
+    found, metric = accuracies(table, rows)
+    assert metric.startswith("test_acc")
+    assert [use.purpose for use in table.test_uses] == ["correlation of proxies"]
+    np.testing.assert_array_equal(found, table.test_values(None, purpose="a test")[rows])
+    with pytest.raises(UserError, match="val or test"):
+        accuracies(table, rows, "tset")
+
+
 def test_correlate_command_with_published_scores(nas, nas_bench_201, published):
     status, out, _ = nas(
         "proxies", "correlate", "--benchmark", nas_bench_201, "--scores", published, "--proxies", "all", "--json",
@@ -195,6 +216,7 @@ def test_score_command_with_a_network_and_batches_of_ones_own(nas):
         max(p.abs().max().item() for p in model.parameters() if p.dim() > 1)
     )
     assert found["scores"]["az-expressivity"] is None
+    assert found["non_finite"] == {"az-expressivity": 1}
     assert found["reasons"]["az-expressivity"]
     status, _, error = nas("proxies", "score", "--model", "own_proxies:absent")
     assert status == 2

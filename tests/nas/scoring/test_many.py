@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -144,6 +145,22 @@ def test_workers_change_nothing(archs):
     one = score_architectures(TASK, archs[:2], "nwot,own_proxies:weight_peak")
     two = score_architectures(TASK, archs[:2], "nwot,own_proxies:weight_peak", workers=2)
     np.testing.assert_array_equal(one.values, two.values)
+
+
+def test_networks_are_built_one_after_the_other(archs, monkeypatch):
+    """However many architectures: none is kept once it has its scores."""
+    built: list[weakref.ref] = []
+    original = ScoringTask.model
+
+    def model(self, arch, seed):
+        assert not any(earlier() for earlier in built)
+        network = original(self, arch, seed)
+        built.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(ScoringTask, "model", model)
+    score_architectures(TASK, archs, "nwot,fisher,gradsign,zen,grasp")
+    assert len(built) >= 4
 
 
 def test_aggregates_rank_within_the_population(archs):
