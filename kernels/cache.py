@@ -76,12 +76,16 @@ def load(path: Path, text: str) -> ModuleType:
     return module
 
 
+def triton_folder() -> Path:
+    """Where Triton is told to keep compiled kernels."""
+    named = os.environ.get("TRITON_CACHE_DIR")
+    return Path(named or Path(os.environ.get("TRITON_HOME") or "~") / ".triton" / "cache").expanduser()
+
+
 @functools.cache
 def compiled_folder() -> Path:
-    """Triton's folder of compiled kernels, once in a process: where it cannot be written, a warning, and a temporary
-    one in its place."""
-    wanted = os.environ.get("TRITON_CACHE_DIR") or str(Path(os.environ.get("TRITON_HOME") or "~") / ".triton" / "cache")
-    path = Path(wanted).expanduser()
+    """The same, looked at once in a process: where it cannot be written, a warning, and a temporary one instead."""
+    path = triton_folder()
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()

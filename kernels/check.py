@@ -24,14 +24,16 @@ from kernels.autodiff import differentiate
 from kernels.backend import HAVE_TRITON, by_kernels, compiler
 from kernels.layer import FusedLayer
 from kernels.lower import lower
-from kernels.program import Unsupported
+from kernels.program import Unsupported, parse
 from kernels.schedule import Shape, plan
+from kernels.traffic import traffic
 from search_spaces.common.errors import RunError
 from search_spaces.layers import catalog
 from search_spaces.layers.module import GraphLayer
 from search_spaces.layers.space import LayerSpace
 
 LAYERS = ("evonorm-b0", "evonorm-s0", "bn-relu", "gn-silu", "layer-norm", "layer-norm-tokens", "silu")
+MOVING = ("evonorm-s0", "evonorm-b0", "bn-relu", "gn-silu", "in-relu", "silu")
 COMPILED = ("evonorm-s0", "bn-relu")
 TOLERANCE = 1e-5  # of float32 against float64
 GRAPHS = 100  # random ones
@@ -59,6 +61,7 @@ def check(progress: Callable[[int, int | None], None] | None = None) -> list[Che
         ("operators by torch", lambda: layers_agree("cpu", "reference")),
         ("random graphs", _fallbacks),
         ("kernels in the interpreter", lambda: _in_a_process(interpret=True)),
+        ("bytes they move", _moved),
         ("kernels compiled for sm_90", _compiled),
         ("kernels on the GPU", lambda: _in_a_process(interpret=False)),
     )
@@ -155,8 +158,23 @@ def _fallbacks() -> str:
         raise RunError(
             f"{sum(found['evonorm24'].values())} of {GRAPHS} have no kernels: {next(iter(found['evonorm24']))}"
         )
-    counts = ", ".join(f"{sum(reasons.values())} of {preset}" for preset, reasons in found.items())
-    return f"of {GRAPHS} each no kernels, so torch, for {counts}"
+    counts = ", ".join(f"{preset} {GRAPHS - sum(reasons.values())}" for preset, reasons in found.items())
+    return f"have kernels, of {GRAPHS} each: {counts}; others run by torch"
+
+
+def _moved() -> str:
+    """The bytes of the emitted loads and stores, of resident and batch kernels, against the fewest."""
+    if not HAVE_TRITON:
+        raise _Missing("Triton is not installed")
+    ratios = {}
+    for name in MOVING:
+        for job in aot.jobs_of(name, catalog.layer(name), Shape(128, 256, 784)):
+            moved = traffic(parse(job.text), job.shape)
+            ratios[f"{name} {job.direction}"] = moved.total / moved.least
+    worst = max(ratios, key=lambda name: ratios[name])
+    if not ratios[worst] <= 1.02:
+        raise RunError(f"{worst} moves {ratios[worst]:.2f} times the fewest bytes")
+    return f"{len(MOVING)} layers forward and backward at 128x256x28x28: at most {ratios[worst]:.3f} of the fewest"
 
 
 def _compiled() -> str:

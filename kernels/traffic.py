@@ -89,8 +89,8 @@ def fewest(program: Program, shape: Shape) -> tuple[int, int, int]:
     only leave the program ride along with the last pass that has what they need.
     """
     nodes, spaces = program.nodes, program.spaces
-    level = []  # passes over x that are finished before a value can be known
-    for at, node in enumerate(nodes):
+    level: list[int] = []  # passes over x that are finished before a value can be known
+    for node in nodes:
         over_samples = node.op in REDUCTIONS and bool(node.axes & N) and bool(spaces[node.args[0]] & S)
         level.append(max((level[a] for a in node.args), default=0) + over_samples)
 
@@ -131,9 +131,9 @@ def fewest(program: Program, shape: Shape) -> tuple[int, int, int]:
         if not any(k >= level[nodes[at].args[0]] and needed <= read for k, read in passes.items()):
             passes.setdefault(max([level[nodes[at].args[0]], *passes]), set()).update(needed)
     for at in outputs:
-        if spaces[at] != FULL and not statistics([at]):
-            if not any(inputs(at) <= read for read in passes.values()):
-                passes.setdefault(max([0, *passes]), set()).update(inputs(at))
+        local = spaces[at] != FULL and not statistics([at])
+        if local and not any(inputs(at) <= read for read in passes.values()):
+            passes.setdefault(max([0, *passes]), set()).update(inputs(at))
     per_group = shape.c // shape.groups
     small = [spaces[at] for at in (*program.inputs.values(), *outputs) if spaces[at] != FULL]
     rest = sum(4 * math.prod(shape_of(space, shape.n, shape.groups, per_group, shape.s)) for space in small)
@@ -156,3 +156,17 @@ def _bytes(compiled: Compiled, pointer: str) -> int:
             return 4 * math.prod(size)
     space = compiled.spaces[pointer.removeprefix("in_")]
     return 4 * math.prod(shape_of(space, shape.n, shape.groups, shape.c // shape.groups, shape.s))
+
+
+def table(rows: dict[tuple[str, str], dict[str, Traffic]]) -> str:
+    """Rows of Markdown by (layer, pass); by schedule x-sized tensors read and written, and bytes by the fewest."""
+    lines = ["| layer | pass | MB at the least | chosen | R | L | U |", "|" + " --- |" * 7]
+    for (layer, direction), found in rows.items():
+        chosen = next(iter(found.values()))
+        cells = []
+        for schedule in SCHEDULES:
+            t = found.get(schedule)
+            cells.append("" if t is None else f"{t.read} + {t.written}: {t.total / t.least:.3f}, {t.launches}")
+        about = [layer, direction, f"{chosen.least / 1e6:.1f}", chosen.schedule]
+        lines.append("| " + " | ".join([*about, *cells]) + " |")
+    return "\n".join(lines)

@@ -1,47 +1,23 @@
-"""nas kernels: what works here, compile for a GPU that is elsewhere, the cache of sources, times on this machine."""
+"""nas kernels: what works here, compile for a GPU that is elsewhere, bytes moved, the cache, times on this machine."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from nas.cli import options
+from nas.cli import fused_ahead, options
+from nas.cli.fused_ahead import ChannelsLast, Layers, Shape, counted, layer_graphs, read_shape
 from nas.cli.output import Output
-from search_spaces.common.errors import RunError, UserError
-
-if TYPE_CHECKING:
-    from search_spaces.layers.graph import LayerGraph
+from search_spaces.common.errors import RunError
 
 app = typer.Typer(
-    help="Fused Triton kernels: check, compile, cache, times.", no_args_is_help=True, rich_markup_mode=None
+    help="Fused Triton kernels: check, compile, bytes, cache, times.", no_args_is_help=True, rich_markup_mode=None
 )
-Layers = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="LAYER...", help="Names, RUN:best, files or formulas (default: the catalogue)."),
-]
+app.command("compile")(fused_ahead.compile_)
+app.command("bytes")(fused_ahead.bytes_)
 SIGNS = {"ok": "ok", "failed": "FAILED", "missing": "not here"}
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    """`32x64x28x28` as numbers. Errors: UserError."""
-    try:
-        sizes = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        sizes = ()
-    if len(sizes) < 2 or min(sizes, default=0) < 1:
-        raise UserError(text, "a shape of samples x channels x positions", "32x64x28x28")
-    return sizes
-
-
-def _graphs(layers: list[str] | None) -> dict[str, LayerGraph]:
-    from nas.layers.references import find_layer
-    from search_spaces.layers.catalog import names
-
-    return {name: find_layer(name) for name in layers or names()}
 
 
 @app.command()
@@ -67,7 +43,7 @@ def check(json: options.Json = False) -> None:
 
 @app.command("list")
 def list_(json: options.Json = False) -> None:
-    """List the generated sources in the cache, newest first."""
+    """List the generated sources in the cache, newest first, and say where compiled kernels lie."""
     import time
 
     from kernels import cache
@@ -77,131 +53,52 @@ def list_(json: options.Json = False) -> None:
     files: list[dict[str, Any]] = []
     for path in reversed(cache.entries()):
         try:
-            about = path.stat()
+            about, text = path.stat(), path.read_text(errors="replace")
         except FileNotFoundError:  # removed by another process
             continue
-        files.append({"file": path.name, "bytes": about.st_size, "age_seconds": round(now - about.st_mtime)})
-    output.table(["file", "bytes", "age (seconds)"], [list(f.values()) for f in files[:20]])
+        count = text.count("@triton.jit")
+        age = max(round(now - about.st_mtime), 0)
+        files.append({"file": path.name, "kernels": count, "bytes": about.st_size, "age_seconds": age})
+    if files:
+        rows = [[f["file"], f["kernels"], f["bytes"], _age(f["age_seconds"])] for f in files[:20]]
+        output.table(["file", "kernels", "bytes", "written"], rows)
     if len(files) > 20:
         output.say(f"and {len(files) - 20:,} older ones")
     total = sum(f["bytes"] for f in files)
-    output.say(f"\n{len(files):,} of at most {cache.LIMIT:,} files, {total / 1e6:.2f} MB in {cache.folder()}")
-    output.finish({"folder": str(cache.folder()), "files": files, "bytes": total, "limit": cache.LIMIT})
+    output.say(f"{len(files):,} of at most {cache.LIMIT:,} files, {total / 1e6:.2f} MB in {cache.folder()}")
+    output.say(f"compiled by Triton: {cache.triton_folder()}")
+    found = {"folder": str(cache.folder()), "compiled": str(cache.triton_folder()), "files": files}
+    output.finish({**found, "bytes": total, "limit": cache.LIMIT})
+
+
+def _age(seconds: int) -> str:
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}{'s' * (seconds >= 2 * size)} ago"
+    return "just now"
 
 
 @app.command()
 def clear(json: options.Json = False) -> None:
-    """Remove the generated sources from the cache; they are made again when needed."""
+    """Remove the generated sources from the cache; they are made again when needed. Compiled kernels stay."""
     from kernels import cache
 
     output = Output("kernels clear", json)
     count = cache.clear()
-    output.say(f"{count:,} files removed from {cache.folder()}")
+    output.say(f"{counted(count, 'file')} removed from {cache.folder()}")
     output.finish({"folder": str(cache.folder()), "removed": count})
-
-
-@app.command("compile")
-def compile_(
-    layers: Layers = None,
-    arch: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89, sm_90, sm_100; commas between.")] = "sm_90",
-    shape: Annotated[str, typer.Option(help="Samples x channels x positions.")] = "32x64x28x28",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels innermost in memory.")] = False,
-    to: Annotated[
-        Path | None, typer.Option(help="Keep the compiled kernels in this folder, for TRITON_CACHE_DIR.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Compilers at a time (default: the cores).")] = None,
-    json: options.Json = False,
-) -> None:
-    """Compile layers for GPUs that need not be here: registers, spills, shared memory and width of loads."""
-    from kernels.aot import compile_jobs, jobs_of, table
-    from kernels.backend import HAVE_TRITON
-    from kernels.program import Unsupported
-    from kernels.schedule import Shape
-    from search_spaces.common.files import atomic_write
-
-    output = Output("kernels compile", json)
-    n, c, *positions = _shape(shape)
-    if not HAVE_TRITON:
-        raise RunError("Triton is not installed (pip install triton)")
-    s = 1
-    for size in positions:
-        s *= size
-    jobs, refused = [], {}
-    for name, graph in _graphs(layers).items():
-        for target in arch.split(","):
-            try:
-                jobs += jobs_of(name, graph, Shape(n, c, s, last=channels_last), dtype=dtype, arch=target.strip())
-            except Unsupported as error:
-                refused[name] = str(error)
-    with output.progress("kernels") as progress:
-        reports = compile_jobs(jobs, processes=processes or os.cpu_count() or 1, cache=to, progress=progress)
-    columns = [
-        "layer",
-        "pass",
-        "kernel",
-        "arch",
-        "schedule",
-        "registers",
-        "spills",
-        "shared",
-        "loads",
-        "stores",
-        "seconds",
-    ]
-    rows = [
-        [
-            r.layer,
-            r.direction,
-            r.kernel,
-            r.arch,
-            r.schedule,
-            r.registers,
-            r.spills,
-            r.shared,
-            *map(_widths, (r.loads, r.stores)),
-        ]
-        for r in reports
-    ]
-    output.table(columns, [[*row, r.seconds] for row, r in zip(rows, reports, strict=True)])
-    for name, reason in refused.items():
-        output.warn(f"{name} runs by torch: {reason}")
-    spilling = sum(r.spills > 0 for r in reports)
-    output.say(f"\n{len(reports)} kernels of {len(_graphs(layers)) - len(refused)} layers, {spilling} spill registers")
-    files: list[str] = []
-    if out is not None:
-        with atomic_write(out) as file:
-            file.write(f"{_title(shape, dtype, channels_last)}\n\n{table(reports)}\n")
-        files.append(str(out))
-    if to is not None:
-        output.say(f"on the GPU machine: TRITON_CACHE_DIR={to} with Triton of the same version")
-    output.finish(
-        {"kernels": [asdict(r) for r in reports], "refused": refused, "cache": to and str(to), "files": files}
-    )
-
-
-def _title(shape: str, dtype: str, channels_last: bool) -> str:
-    from importlib.metadata import version
-
-    layout = "channels last" if channels_last else "positions last"
-    return f"Kernels for x {shape}, {dtype}, {layout}, compiled by Triton {version('triton')} without a GPU."
-
-
-def _widths(found: dict[int, int]) -> str:
-    return ", ".join(f"{count} x {bits}" for bits, count in sorted(found.items()))
 
 
 @app.command()
 def bench(
     layers: Layers = None,
-    shape: Annotated[str, typer.Option(help="Samples x channels x positions.")] = "32x64x28x28",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels innermost in memory.")] = False,
+    shape: Shape = "32x64x28x28",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of x: float32, float16 or bfloat16.")] = "float32",
+    channels_last: ChannelsLast = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also torch.compile, which takes seconds a layer.")
     ] = False,
-    rounds: Annotated[int, typer.Option(help="Measurements of each.")] = 15,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each.")] = 15,
     json: options.Json = False,
 ) -> None:
     """Time layers before and after `kernels.fuse` on this machine, forward and backward."""
@@ -215,7 +112,7 @@ def bench(
     from search_spaces.layers.module import GraphLayer
 
     output = Output("kernels bench", json)
-    sizes, kind = _shape(shape), getattr(torch, match(dtype, DTYPES, "a type"))
+    sizes, kind = read_shape(shape), getattr(torch, match(dtype, DTYPES, "a type"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -225,7 +122,7 @@ def bench(
     x.requires_grad_()
     dy = torch.randn_like(x)
     found: list[dict[str, Any]] = []
-    graphs = _graphs(layers)
+    graphs = layer_graphs(layers)
     with output.progress("layers") as progress:
         for number, (name, graph) in enumerate(graphs.items()):
             progress(number, len(graphs))
