@@ -12,6 +12,12 @@ from search_spaces.common.names import match
 
 PREDICTORS = {
     "gp-graf": "predictors.classical:GaussianProcess",
+    "gbt-graf": "predictors.trees:GradientBoosting",
+    "rf-graf": "predictors.trees:Forest",
+    "xgb-plus": "predictors.trees:LongBoosting",
+    "linear": "predictors.classical:Ridge",
+    "gp-wl": "predictors.classical:WeisfeilerLehman",
+    "random-projection": "predictors.classical:RandomProjectionProcess",
     "cap": "predictors.neural.cap:Cap",
     "feature-distilled": "predictors.neural.cap:FeatureDistilled",
     "gin": "predictors.neural.cap:Gin",

@@ -96,17 +96,23 @@ def laplacian_positions(adjacency: np.ndarray, mask: np.ndarray, count: int) -> 
 
     Dwivedi and Bresson, A Generalization of Transformer Networks to Graphs, 2021, section 2.
     """
-    keys = np.packbits(np.concatenate([adjacency.reshape(len(mask), -1), mask], 1), axis=1)
-    void = np.ascontiguousarray(keys).view(np.dtype((np.void, keys.shape[1])))[:, 0]
-    _, first, group = np.unique(void, return_index=True, return_inverse=True)
-    links, real = (adjacency | adjacency.transpose(0, 2, 1))[first].astype(np.float64), mask[first]
-    root = 1 / np.sqrt(np.maximum(links.sum(1), 1))
-    laplacian = -links * root[:, :, None] * root[:, None, :]
-    diagonal = np.arange(mask.shape[1])
-    laplacian[:, diagonal, diagonal] = np.where(real, 1.0, 100.0)  # padding comes last, after all of [0, 2]
-    values, vectors = np.linalg.eigh(laplacian)
-    vectors = vectors * (values < 3)[:, None, :]
+    result = np.zeros((*mask.shape, count), np.float32)
+    sizes = mask.sum(1)
+    for n in np.unique(sizes):  # by the true size, so that padding cannot turn the basis of a repeated eigenvalue
+        rows = np.flatnonzero(sizes == n)
+        links = adjacency[rows][:, :n, :n]
+        keys = np.ascontiguousarray(np.packbits(links.reshape(len(rows), -1), axis=1))
+        void = keys.view(np.dtype((np.void, keys.shape[1])))[:, 0]
+        _, first, group = np.unique(void, return_index=True, return_inverse=True)
+        found = _eigenvectors(links[first])[:, :, 1 : 1 + count].astype(np.float32)
+        result[rows, :n, : found.shape[2]] = found[group.reshape(-1)]
+    return result
+
+
+def _eigenvectors(links: np.ndarray) -> np.ndarray:
+    both = (links | links.transpose(0, 2, 1)).astype(np.float64)
+    root = 1 / np.sqrt(np.maximum(both.sum(1), 1))
+    laplacian = (both.sum(1) > 0)[:, :, None] * np.eye(links.shape[1]) - both * root[:, :, None] * root[:, None, :]
+    vectors = np.linalg.eigh(laplacian)[1]
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None, :], 1)
-    vectors = (vectors * np.where(largest < 0, -1, 1))[:, :, 1 : 1 + count]
-    vectors = np.pad(vectors, ((0, 0), (0, 0), (0, count - vectors.shape[2])))
-    return vectors[group.reshape(-1)].astype(np.float32)
+    return vectors * np.where(largest < 0, -1, 1)

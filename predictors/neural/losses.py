@@ -71,7 +71,8 @@ def warp(scores: Tensor, targets: Tensor) -> Tensor:
     difference, better = _pairs(scores, targets)
     excess = torch.relu(MARGIN - difference) * better
     violators = (excess > 0).sum(2)
-    harmonic = F.pad((1 / torch.arange(1, scores.shape[1] + 1, device=scores.device)).cumsum(0), (1, 0))
+    counts = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    harmonic = F.pad((1 / counts).cumsum(0), (1, 0))
     return (harmonic[violators] / violators.clamp(min=1) * excess.sum(2)).mean(1)
 
 
