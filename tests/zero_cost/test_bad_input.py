@@ -239,3 +239,75 @@ def test_inside_no_grad_the_scores_are_the_same():
     with torch.no_grad():
         found = score(network(), [images(), images()], stages=["0"])
     assert dict(found) == pytest.approx(dict(expected), nan_ok=True)
+
+
+class Reader(nn.Module):
+    """Tokens -> logits [B, 10], through attention, a feed-forward pair and an LSTM, with dropout everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(20, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True)
+        self.lstm = nn.LSTM(8, 6, 2, batch_first=True, dropout=0.3)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, tokens):
+        return self.head(self.lstm(self.block(self.embedding(tokens)))[0][:, -1])
+
+
+def sentences(count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(20, (count, 6), generator=generator), torch.randint(10, (count,), generator=generator)
+
+
+OF_SEQUENCES = OF_OTHER_MODELS - {"spectrum"} | {"jacobian-cosine"}
+
+
+def test_language_models_have_the_scores_of_their_layers():
+    model = Reader()
+    found = score(model, sentences(), OF_SEQUENCES)
+    assert not found.reasons
+    assert dict(score(model, sentences(), OF_SEQUENCES)) == dict(found)
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
+    assert not any(hooks)
+    assert all(p.grad is None for p in model.parameters())
+    for name in OF_SEQUENCES:
+        assert score(model, sentences(), name)[name] == pytest.approx(found[name], rel=1e-5), name
+
+
+def test_a_batch_of_one_sentence():
+    found = score(Reader(), sentences(1), OF_SEQUENCES)
+    assert set(found.reasons) == {"activation-distance", "jacobian-cosine"}
+
+
+class Broken(Reader):
+    def __init__(self, where: str):
+        super().__init__()
+        self.where = where
+
+    def forward(self, tokens):
+        x = self.block(self.embedding(tokens))
+        if self.where == "raises":
+            raise RuntimeError("broken on purpose")
+        return (
+            self.head(self.lstm(x * float("nan"))[0][:, -1])
+            if self.where == "inside"
+            else super().forward(tokens) * float("nan")
+        )
+
+
+@pytest.mark.parametrize("where", ["inside", "outside", "raises"])
+def test_sequence_models_that_return_nan_or_raise_have_reasons(where):
+    model = Broken(where)
+    found = score(model, sentences(), OF_SEQUENCES)
+    for name in OF_SEQUENCES:
+        assert math.isnan(found[name]) == bool(found.reasons.get(name)), name
+    bad = {"dss", "synaptic-diversity", "synaptic-saliency", "recurrent-saliency", "hidden-saliency", "jacobian-cosine"}
+    assert bad <= set(found.reasons)
+    if where != "outside":
+        assert "hidden-covariance" in found.reasons
+    assert ("attention-confidence" in found.reasons) == (where == "raises")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.lstm.training
+    assert model.lstm.dropout == 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,19 @@ CELLS: dict[str, Any] = {
     "LSTM": torch.lstm_cell,
     "GRU": torch.gru_cell,
 }
+
+
+@contextlib.contextmanager
+def undropped(model: nn.Module) -> Iterator[None]:
+    """Inside, stacked recurrent layers drop nothing between them, which no call shows that could be left out."""
+    kept = [(module, module.dropout) for module in model.modules() if isinstance(module, nn.RNNBase)]
+    try:
+        for module, _ in kept:
+            module.dropout = 0.0
+        yield
+    finally:
+        for module, dropout in kept:
+            module.dropout = dropout
 
 
 class RecurrentStates:

@@ -17,7 +17,7 @@ from torch import nn
 from zero_cost.captured import Named, Probe
 from zero_cost.errors import NoValue
 from zero_cost.layers import TransformerLayers, transformer_layers
-from zero_cost.passes.recurrent import RecurrentStates
+from zero_cost.passes.recurrent import RecurrentStates, undropped
 from zero_cost.watch import DROPOUT_CALLS, LINEAR_CALLS, RELU_CALLS, Watch, argument
 
 FIELDS = (
@@ -70,12 +70,13 @@ def sequences_pass(probe: Probe) -> None:
         if not layers.modules:
             reason = "the model has neither attention nor recurrent layers: nwot reads the codes of its ReLUs"
             probe.failed.setdefault("sign_agreement", reason)
-    if probe.wants("absolute_gradients"):
-        with probe.step("absolute weights", "absolute_gradients"):
-            captured.absolute_gradients = _absolute_gradients(probe)
     shared = ("attention", "output_gradients", "hidden", "hidden_gradients", "sign_agreement")
-    if probe.wants(*shared):
-        _forward(probe, layers, shared)
+    with undropped(network.model):
+        if probe.wants("absolute_gradients"):
+            with probe.step("absolute weights", "absolute_gradients"):
+                captured.absolute_gradients = _absolute_gradients(probe)
+        if probe.wants(*shared):
+            _forward(probe, layers, shared)
 
 
 def _forward(probe: Probe, layers: TransformerLayers, shared: tuple[str, ...]) -> None:
