@@ -206,6 +206,7 @@ def _tile_launch(stages: Stages, tile: Tile, shape: Shape, most: int | None, pro
     last = shape.last or shape.rows
     groups, per_group = shape.groups, shape.c // shape.groups
     pressure = stages.pressure(tile)
+    most = most and 1 << (most.bit_length() - 1)  # tiles are powers of two
     target = min(2048 if pressure.alive + pressure.sums <= 8 else 1024, most or 2048)
     sizes: dict[str, int]
     if not stages.own & K:

@@ -15,42 +15,44 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def check(least: int, *arguments: object) -> None:
-    """All checks that `generated_interpreted.py` prints hold, and there are at least so many."""
+def check(least: dict[str, int]) -> None:
+    """All checks that `generated_interpreted.py` prints hold, and of each part there are at least so many."""
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "generated_interpreted.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "generated_interpreted.py"), *least]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert not [line for line in found if not line["error"] <= line["bound"]]
-    assert len(found) >= least
+    checks: list[list[dict]] = []
+    for line in map(json.loads, done.stdout.splitlines()):
+        if "part" in line:
+            checks.append([])
+        else:
+            checks[-1].append(line)
+    assert not [line for part in checks for line in part if not line["error"] <= line["bound"]]
+    counts = dict(zip(least, map(len, checks), strict=True))
+    assert {part: counts[part] >= number for part, number in least.items()} == dict.fromkeys(least, True), counts
 
 
-def test_random_graphs():
-    check(100, "graphs", 5, 1)  # of each of four presets
+GRAPHS = {"graphs:5:1": 100}  # 20 random graphs: so many of each of four sets of operations
 
 
-PARTS = {
-    "layers": 380,
-    "tokens": 100,
-    "schedules": 120,
-    "traps": 120,
-    "non_finite": 40,
-    "inputs": 19,
-    "operations": 120,
-}
-
-
-@pytest.mark.parametrize(("part", "least"), PARTS.items())
-def test_part(part, least):
-    check(least, part)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"layers": 450},
+        {**GRAPHS, "tokens": 100, "inputs": 19, "operations": 120},
+        {"schedules": 60, "traps": 120, "non_finite": 25},
+    ],
+    ids=", ".join,
+)
+def test_parts(parts):
+    check(parts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_many_random_graphs(seed):
-    check(650, "graphs", 34, seed)
+    check({f"graphs:34:{seed}": 650})
 
 
 @pytest.mark.slow
@@ -59,4 +61,4 @@ def test_many_random_graphs(seed):
     [("layers", 1100), ("tokens", 180), ("schedules", 350), ("traps", 380), ("non_finite", 70)],
 )
 def test_the_whole_of_a_part(part, least):
-    check(least, part, "full")
+    check({f"{part}:full": least})

@@ -1,7 +1,4 @@
-"""Runs the cases through Triton's interpreter and prints one JSON line each; in a process with TRITON_INTERPRET=1.
-
-Uninitialised results are NaN here, so that an element that no program wrote is found.
-"""
+"""Runs the cases through Triton's interpreter and prints one JSON line each; in a process with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import sys
 
 import handwritten_cases as cases
 import torch
+from interpreting import prepare
 
 from kernels.handwritten import launch, sign_agreement, sign_words
 
@@ -47,8 +45,7 @@ def repeats() -> None:
 
 
 def main(part: str) -> None:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    prepare(sanitize=part == "slow")
     print_check("interpreted", launch.mode(torch.ones(1)) == "interpret")
     if part == "base":
         for case in cases.base_cases():

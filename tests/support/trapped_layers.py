@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from dataclasses import dataclass
 from unittest import mock
 
@@ -175,8 +174,8 @@ def check_many(examples: int, backend: str) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=RuntimeWarning)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    from interpreting import prepare
+
+    prepare()
     check_many(int(sys.argv[1]), "triton")
     print("traps hold")
