@@ -25,6 +25,7 @@ STRATEGIES = {
     "grid": "nas.strategies.grid:Grid",
     "robot": "nas.strategies.robot:Robot",
     "warm-start": "nas.strategies.warm_start:WarmStart",
+    "te-nas": "nas.strategies.te_nas:TeNas",
     "predictor": "nas.strategies.predictor_guided:PredictorGuided",
     "bananas": "nas.strategies.predictor_published:Bananas",
     "npenas": "nas.strategies.predictor_published:Npenas",
