@@ -14,7 +14,8 @@ from search_spaces.common.names import match
 def feature_matrix(table: GraphTable, names: Sequence[str], parts: Sequence[str], nodes: int) -> np.ndarray:
     """float32 [N, F]: the named sets side by side; `parts` and `nodes` are those of the training graphs, so that the
     columns mean the same at prediction. Sets: `graf` (path features), `one-hot` (operation of every node and every
-    edge, for graphs of at most `nodes` nodes; larger ones are cut, so use it within one space)."""
+    edge, for graphs of at most `nodes` nodes; larger ones are cut, so use it within one space), `random-projection`
+    (`random_projections`)."""
     return np.concatenate([FEATURES[match(name, FEATURES, "a feature set")](table, parts, nodes) for name in names], 1)
 
 
@@ -30,7 +31,38 @@ def _one_hot(table: GraphTable, parts: Sequence[str], nodes: int) -> np.ndarray:
     return np.concatenate([ops.reshape(len(table), -1), edges], 1).astype(np.float32)
 
 
-FEATURES: dict[str, Callable[[GraphTable, Sequence[str], int], np.ndarray]] = {"graf": _graf, "one-hot": _one_hot}
+def random_projections(table: GraphTable, *, width: int = 128, steps: int = 3) -> np.ndarray:
+    """float32 [N, (steps + 1) * width]: very sparse random projections of the operations within 0 to `steps` edges of
+    each node (directions alike, rows of the adjacency divided by their sums), averaged over the nodes.
+
+    After Chen, Sultan, Tian, Chen and Skiena, Fast and Accurate Network Embeddings via Very Sparse Random Projection,
+    CIKM 2019 (FastRP). The projection is fixed: the same for every table over one vocabulary.
+    """
+    rng = np.random.default_rng(0)
+    projection = rng.choice(
+        np.array([-1, 0, 1], np.float32), (len(table.vocabulary) + 1, width), p=[1 / 6, 2 / 3, 1 / 6]
+    )
+    projection[-1] = 0  # padding
+    states = projection[table.ops]
+    both = (table.adjacency | table.adjacency.transpose(0, 2, 1)).astype(np.float32)
+    both /= np.maximum(both.sum(2, keepdims=True), 1)
+    real = np.maximum(table.mask.sum(1, keepdims=True), 1)
+    pooled = []
+    for step in range(steps + 1):
+        states = both @ states if step else states
+        pooled.append((states * table.mask[:, :, None]).sum(1) / real)
+    return np.concatenate(pooled, 1)
+
+
+def _projected(table: GraphTable, parts: Sequence[str], nodes: int) -> np.ndarray:
+    return random_projections(table)
+
+
+FEATURES: dict[str, Callable[[GraphTable, Sequence[str], int], np.ndarray]] = {
+    "graf": _graf,
+    "one-hot": _one_hot,
+    "random-projection": _projected,
+}
 
 
 class Standardizer:

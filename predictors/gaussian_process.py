@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 import scipy.optimize
-from scipy.spatial.distance import cdist
 
 CHUNK = 8192  # rows predicted at a time
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # starts of the length scale, in units of the median distance
@@ -79,4 +78,6 @@ def fit_process(inputs: np.ndarray, targets: np.ndarray, *, kernel: str = "rbf")
 
 
 def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return cdist(first, second)
+    """Euclidean distances by one matrix product, several times faster than pair by pair; exact to 1e-7 of the norms."""
+    squares = (first**2).sum(1)[:, None] + (second**2).sum(1) - 2 * first @ second.T
+    return np.sqrt(np.maximum(squares, 0))
