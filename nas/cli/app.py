@@ -18,6 +18,7 @@ from nas.cli import (
     fused,
     layers,
     lists,
+    predict,
     primitives,
     proxies,
     runs,
@@ -50,6 +51,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(layers.app, name="layers")
 app.add_typer(primitives.app, name="primitives")
 app.add_typer(proxies.app, name="proxies")
+app.add_typer(predict.app, name="predict")
 app.add_typer(fused.app, name="kernels")
 app.command("spaces")(lists.spaces)
 app.command("strategies")(lists.strategies)

@@ -20,7 +20,7 @@ PredictorChoice = str | Callable[[str, tuple[str, ...]], Any]
 DEFAULT_PREDICTOR = "gp-graf"
 CANDIDATES = ("auto", "space", "mutations", "local")
 PARENTS = ("best", "tournament")
-ACQUISITIONS = ("mean", "ucb", "its")
+ACQUISITIONS = ("auto", "mean", "ucb", "its")
 LEAST_LABELS = 3
 MUTATIONS_TRIED = 10  # per candidate wanted, before fewer will do
 MOST_STEPS = 20  # of a climb over predictions
@@ -30,9 +30,10 @@ class PredictorGuided(Strategy[A]):
     """Random architectures, then in each round those that a predictor of what was measured ranks best.
 
     predictor (gp-graf): a name (`nas predict list`) or a function (space name, vocabulary) -> Predictor; settings: its
-    own. initial (20): random architectures first. batch (5): queries between two fits. acquisition (mean): what
+    own. initial (20): random architectures first. batch (5): queries between two fits. acquisition (auto): what
     candidates are ranked by: `mean`, the prediction; `ucb`, plus kappa (1) standard deviations; `its`, a draw of
-    independent Thompson sampling (White et al., BANANAS, AAAI 2021, section 4).
+    independent Thompson sampling (White et al., BANANAS, AAAI 2021, section 4); auto: `its` where the predictor knows
+    how sure it is, else `mean`.
 
     candidates (auto): `space`, everything that was not asked, for spaces of at most `pool` (50,000); `mutations`,
     `count` (200) mutations of parents, of which the best are mutated again for `generations` (2) rounds by prediction
@@ -59,7 +60,7 @@ class PredictorGuided(Strategy[A]):
         settings: Mapping[str, Any] | None = None,
         initial: int = 20,
         batch: int = 5,
-        acquisition: str = "mean",
+        acquisition: str = "auto",
         kappa: float = 1.0,
         candidates: str = "auto",
         pool: int = 50_000,
@@ -131,7 +132,7 @@ class PredictorGuided(Strategy[A]):
         predictor = self._make()
         measured = self._table([self.trials[id].arch for id in told])
         predictor.fit(measured, labels, unlabelled=self._unlabelled, rng=self.rng)
-        found = _Ranking(lambda archs: self._values(predictor, self._table(archs)))
+        found: _Ranking[A] = _Ranking(lambda archs: self._values(predictor, self._table(archs)))
         if self.candidates == "space":
             assert self._pool is not None
             unseen = np.array([k for k, key in enumerate(self._pool.keys) if key not in self._seen], np.int64)
@@ -159,7 +160,8 @@ class PredictorGuided(Strategy[A]):
         origins: list[tuple[A, int | None]] = [(self.trials[id].arch, id) for id in self._parents(told)]
         met = set(self._seen)
         for _ in range(self.generations):
-            archs, parents = [], []
+            archs: list[A] = []
+            parents: list[int | None] = []
             for _ in range(MUTATIONS_TRIED * self.count):
                 if len(archs) == self.count:
                     break
@@ -217,6 +219,8 @@ class PredictorGuided(Strategy[A]):
             return np.asarray(predictor.predict(table), np.float64)
         mean, deviation = predictor.predict(table, return_std=True)
         if np.isnan(deviation).all():
+            if self.acquisition == "auto":
+                return np.asarray(mean, np.float64)
             raise UserError(self.acquisition, "a predictor that knows how sure it is beside it, or `mean`", "mean")
         if self.acquisition == "ucb":
             return mean + self.kappa * deviation

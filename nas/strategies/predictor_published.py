@@ -67,7 +67,7 @@ class Npenas(PredictorGuided[A]):
     ):
         super().__init__(
             space, objectives, rng, predictor=predictor, settings=settings, initial=initial, batch=batch,
-            candidates="mutations", count=count, generations=1, population=population,
+            acquisition="mean", candidates="mutations", count=count, generations=1, population=population,
         )  # fmt: skip
 
 
@@ -75,8 +75,8 @@ class BrpNas(PredictorGuided[A]):
     """Half of every round is what the predictor ranks best in the space, half is drawn at random (Dudziak et al.,
     BRP-NAS, NeurIPS 2020, section 4).
 
-    random_share (.5) is the paper's alpha. Theirs is a classifier of pairs; here it is `predictor`. Spaces beyond 50,000
-    are not enumerated: mutations of the best stand in for the top of the space.
+    random_share (.5) is the paper's alpha. Theirs is a classifier of pairs; here it is `predictor`. Spaces of more than
+    50,000 are not enumerated: mutations of the best stand in for the top of the space.
     """
 
     name = "brp-nas"
@@ -95,7 +95,7 @@ class BrpNas(PredictorGuided[A]):
     ):
         super().__init__(
             space, objectives, rng, predictor=predictor, settings=settings, initial=initial, batch=batch,
-            random_share=random_share,
+            acquisition="mean", random_share=random_share,
         )  # fmt: skip
 
 
@@ -122,5 +122,6 @@ class WeakNas(PredictorGuided[A]):
         among: int = 100,
     ):
         super().__init__(
-            space, objectives, rng, predictor=predictor, settings=settings, initial=initial, batch=batch, among=among
-        )
+            space, objectives, rng, predictor=predictor, settings=settings, initial=initial, batch=batch,
+            acquisition="mean", among=among,
+        )  # fmt: skip

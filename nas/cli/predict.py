@@ -1,0 +1,273 @@
+"""nas predict: predictors of performance, evaluated, trained, and at work."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+
+import nas
+from nas.cli import options
+from nas.cli.context import command_line, default_folder, environment
+from nas.cli.lists import _first_sentence
+from nas.cli.output import Output
+from search_spaces.common.errors import UserError
+
+if TYPE_CHECKING:
+    from benchmarks.table import Table
+    from nas.prediction.evaluation import Evaluation, Result
+
+app = typer.Typer(
+    help="Predictors of performance: evaluate them, train one, rank what was not measured.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+SHOWN = ("kendall_tau", "held_out_kendall_tau", "spearman", "precision_at_1", "precision_at_5", "best_rank_at_10")
+
+
+def _names(incomplete: str) -> list[str]:
+    from predictors.registry import PREDICTORS
+
+    return [name for name in PREDICTORS if name.startswith(incomplete)]
+
+
+Benchmark = Annotated[
+    str,
+    typer.Option("--benchmark", help="<space>/<data set>, see `nas bench list`.", autocompletion=options._benchmarks),
+]
+Labels = Annotated[
+    str | None, typer.Option("--labels", help="val-run, val-mean or test-mean (default: val-run where there is one).")
+]
+Target = Annotated[
+    str | None, typer.Option("--target", help="val-mean or test-mean (default: test-mean where there is one).")
+]
+
+
+@app.command("list")
+def list_(json: options.Json = False) -> None:
+    """List the predictors with their settings and defaults."""
+    from predictors.registry import PREDICTORS, predictor_class
+
+    output = Output("predict list", json)
+    listed: list[dict[str, Any]] = []
+    for name in PREDICTORS:
+        try:
+            kind = predictor_class(name)
+        except (ImportError, UserError) as error:  # a missing extra
+            listed.append({"name": name, "settings": {}, "about": f"not here: {error}"})
+            continue
+        about = _first_sentence(kind.__doc__)
+        listed.append({"name": name, "settings": asdict(kind.Settings()), "about": about})
+    rows = [[p["name"], ", ".join(f"{k}={v}" for k, v in p["settings"].items()), p["about"]] for p in listed]
+    output.table(["predictor", "settings (--setting NAME=VALUE)", "what it is"], rows)
+    output.finish({"predictors": listed})
+
+
+@app.command()
+def evaluate(
+    benchmark: Benchmark,
+    predictors: Annotated[
+        str,
+        typer.Option("--predictors", help="Names with commas between, see `nas predict list`.", autocompletion=_names),
+    ] = "gp-graf",
+    train_sizes: Annotated[
+        str, typer.Option(help="Labelled architectures, commas between; percentages too, such as 1%.")
+    ] = "78,156,469",
+    seeds: Annotated[int, typer.Option(help="Splits, from --seed on (pinat: one).")] = 10,
+    protocol: Annotated[str, typer.Option(help="nasforge, pinat or gates.")] = "nasforge",
+    labels: Labels = None,
+    target: Target = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="A Parquet file of proxies (columns arch and names) as extra columns.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--setting", help="PREDICTOR.NAME=VALUE, see `nas predict list`; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results are kept (default: a folder below runs/).")] = None,
+    seed: options.Seed = 0,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
+    json: options.Json = False,
+) -> None:
+    """How well predictors rank a benchmark after training on a few labels.
+
+    Every result is kept as it comes: the same command, or one with more predictors, sizes or seeds and the same --out,
+    goes on where it was interrupted.
+    """
+    from benchmarks.registry import open_table
+    from nas.prediction.evaluation import evaluate_predictors
+
+    output = Output("predict evaluate", json, seed)
+    table = open_table(benchmark)
+    names = [name.strip() for name in predictors.split(",") if name.strip()]
+    folder = out or default_folder(f"predict-{table.id}")
+    with output.progress("trainings") as progress:
+        found = evaluate_predictors(
+            table,
+            names,
+            [size.strip() for size in train_sizes.split(",") if size.strip()],
+            folder,
+            seeds=seeds,
+            seed=seed,
+            protocol=protocol,
+            labels=labels,
+            target=target,
+            settings=_settings(setting, names),
+            extra=None if scores is None else _extra(scores, table),
+            describe={"command": command_line(), "version": nas.__version__, "environment": environment()},
+            progress=progress,
+        )
+    _print(found, output)
+    result = {"run": str(folder), **found.as_json(), "files": []}
+    if report is not None:
+        from nas.prediction.report import write_evaluation_report
+
+        write_evaluation_report(found, report, command_line(), environment())
+        output.say(f"report: {report}", style="dim")
+        result["files"] = [str(report)]
+    output.finish(result)
+
+
+def _print(found: Evaluation, output: Output) -> None:
+    from nas.prediction.report import COLUMNS
+
+    for note in found.notes:
+        output.warn(note)
+    for (name, size), text in found.failures.items():
+        output.warn(f"{name} on {size:,} labels failed: {text}")
+    columns = [key for key in SHOWN if any(key in r.statistics for r in found.results)]
+    headings = ["predictor", "labels", *(COLUMNS[key] for key in columns), "95 % of tau", "fit, s", "predict, s"]
+    output.table(headings, [_row(r, columns) for r in found.results], title=found.statement())
+
+
+def _row(result: Result, columns: list[str]) -> list[Any]:
+    from nas.prediction.report import shown
+
+    s = result.statistics
+    low, high = s["kendall_tau"].interval
+    interval = "-" if s["kendall_tau"].n < 2 else f"{low:.3f} to {high:.3f}"
+    cells = [shown(s.get(key), 1 if key == "best_rank_at_10" else 3) for key in columns]
+    seconds = [f"{s[name].mean:.2f}" for name in ("fit_seconds", "predict_seconds")]
+    return [result.predictor, result.train_size, *cells, interval, *seconds]
+
+
+def _settings(given: list[str] | None, names: list[str]) -> dict[str, dict[str, Any]]:
+    """`["gp-graf.kernel=rbf"]` -> {"gp-graf": {"kernel": "rbf"}}. Errors: UserError."""
+    settings: dict[str, dict[str, Any]] = {}
+    for item in given or ():
+        name, dot, rest = item.partition(".")
+        if not dot or "=" in name:
+            raise UserError(item, "a setting as PREDICTOR.NAME=VALUE", f"{names[0]}.{item}")
+        settings.setdefault(name, {}).update(options.read_settings([rest]))
+    return settings
+
+
+def _extra(path: Path, table: Table) -> dict[str, np.ndarray]:
+    """The columns of a file of proxies by row of the table. Errors: UserError where a row has no scores."""
+    from nas.scoring.published import read_scores
+
+    found = read_scores(path, table.space)
+    rows = table.rows_of([table.space.decode(text) for text in found.archs])
+    columns = {}
+    for name in found.proxies:
+        values = np.full(len(table), np.nan)
+        values[rows] = found.column(name)[:, 0]
+        columns[name] = values
+    missing = len(table) - len(set(rows.tolist()))
+    if missing:
+        raise UserError(str(path), f"scores of every architecture of {table.id}; {missing:,} have none")
+    return columns
+
+
+@app.command()
+def train(
+    benchmark: Benchmark,
+    predictor: Annotated[str, typer.Option("--predictor", help="See `nas predict list`.", autocompletion=_names)],
+    out: Annotated[Path, typer.Option("--out", help="The folder of the predictor.")],
+    train_size: Annotated[
+        str | None, typer.Option(help="Random rows to learn from: a count or a percentage (default: all).")
+    ] = None,
+    labels: Labels = None,
+    target: Target = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--setting", help="NAME=VALUE of the predictor, see `nas predict list`.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a predictor that is there.")] = False,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """Train a predictor on a benchmark (your own measurements: `nas bench add`) and save it."""
+    from benchmarks.registry import open_table
+    from nas.prediction.ranking import train_on
+
+    output = Output("predict train", json, seed)
+    if (out / "predictor.json").exists() and not force:
+        raise UserError(str(out), "a folder without a predictor (or --force, which replaces it)")
+    table = open_table(benchmark)
+    given = options.read_settings(setting)
+    with output.progress("graphs") as progress:
+        found = train_on(
+            table, predictor, train_size, seed=seed, labels=labels, target=target, settings=given, progress=progress
+        )
+    found.predictor.save(out)
+    known, quality = found.known, dict(found.quality)
+    for note in known.notes:
+        output.warn(note)
+    learned = f"{found.size:,} of {len(known.rows):,} rows of {table.id}, labels {known.label_kind}"
+    lines: dict[str, Any] = {"predictor": found.predictor.kind, "learned from": learned}
+    for what, name in (("over all rows", "kendall_tau"), ("over the others", "held_out_kendall_tau")):
+        if name in quality:
+            lines[f"tau {what}"] = f"{quality[name]:.3f} (target {known.target_kind})"
+    lines["saved"] = str(out)
+    output.pairs(lines)
+    output.say(f"\nrank the space: nas predict rank {out}", style="dim")
+    output.finish(
+        {
+            "predictor": found.predictor.kind,
+            "benchmark": table.id,
+            "train_size": found.size,
+            "labels": known.label_kind,
+            "target": known.target_kind,
+            "saved": str(out),
+            **quality,
+        }
+    )
+
+
+@app.command()
+def rank(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A predictor's folder.")],
+    space: Annotated[str | None, typer.Option(help="A space's name (default: that of the predictor).")] = None,
+    top: Annotated[int, typer.Option(help="How many are shown.")] = 20,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="Random architectures ranked (default: the whole space up to 50,000, else 10,000)."),
+    ] = None,
+    seed: options.Seed = 0,
+    json: options.Json = False,
+) -> None:
+    """The best architectures of a space by a saved predictor."""
+    from nas.prediction.ranking import rank_space
+    from search_spaces.registry import load_space
+
+    output = Output("predict rank", json, seed)
+    given = None if space is None else load_space(space)
+    with output.progress("architectures") as progress:
+        found = rank_space(
+            folder, given, top=top, sample=sample, rng=np.random.default_rng(seed), progress=progress
+        )  # fmt: skip
+    rows = [[place, r.arch, r.score, r.std] for place, r in enumerate(found.best, 1)]
+    title = f"{found.predictor} on {found.candidates}: {found.count:,} of different keys; the scale is its own"
+    output.table(["rank", "architecture", "prediction", "standard deviation"], rows, title=title)
+    ranking = [{"rank": k, "arch": r.arch, "score": r.score, "std": r.std} for k, r in enumerate(found.best, 1)]
+    output.finish(
+        {
+            "predictor": found.predictor,
+            "space": found.space,
+            "candidates": found.count,
+            "sampled": found.candidates,
+            "ranking": ranking,
+        }
+    )

@@ -1,0 +1,1 @@
+"""Predictors on benchmarks: graphs and labels of tables, evaluation that can be resumed, reports, ranking."""
