@@ -39,7 +39,7 @@ GRAPHS = {"graphs:5:1": 100}  # 20 random graphs: so many of each of four sets o
 @pytest.mark.parametrize(
     "parts",
     [
-        {"layers": 450},
+        {"layers": 320},
         {**GRAPHS, "tokens": 100, "inputs": 19, "operations": 120},
         {"schedules": 60, "traps": 120, "non_finite": 25},
     ],

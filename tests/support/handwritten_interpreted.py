@@ -73,4 +73,5 @@ def main(part: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for part in sys.argv[1:]:
+        main(part)
