@@ -11,7 +11,7 @@ from kernels.backend import obstacle, resolve
 from kernels.layer import FusedLayer
 from kernels.nodes import Unsupported
 from kernels.norm_act import FUSED, FusedNorm, Moved, refusal
-from kernels.rewriting import copy_modes, replace_everywhere, rewritten
+from kernels.rewriting import copy_modes, replace_everywhere, rewrite_of, rewritten
 from search_spaces.common.errors import UserError
 from search_spaces.layers.module import GraphLayer
 from search_spaces.layers.sites import Site, sites_by_trace, sites_in_parts
@@ -35,10 +35,11 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Fused:
-    """A model and what `fuse` did to it."""
+    """A model and what `fuse` did to it for a backend; its text is the report, one place a line."""
 
     model: nn.Module
     report: tuple[Fusion, ...]
+    backend: str = "auto"
 
     @property
     def count(self) -> int:
@@ -46,9 +47,12 @@ class Fused:
         return sum(place.fused for place in self.report)
 
     def __str__(self) -> str:
-        here = obstacle()
-        note = f"; they run as before until kernels can run: {here}" if here and self.count else ""
-        return "\n".join([f"{self.count} of {len(self.report)} places fused{note}", *map(str, self.report)])
+        if not self.report:
+            return "nothing to fuse: the model has no GraphLayer and no normalisation that kernels know"
+        lines = [f"{self.count} of {len(self.report)} {'place' if len(self.report) == 1 else 'places'} fused"]
+        if self.count and self.backend == "auto" and (here := obstacle()):
+            lines.append(f"kernels cannot run here ({here}): the model runs by torch, as before it was fused")
+        return "\n".join([*lines, *map(str, self.report)])
 
 
 def fuse(model: nn.Module, *, inplace: bool = False, backend: str = "auto", rewrite: bool = False) -> Fused:
@@ -74,18 +78,18 @@ def fuse(model: nn.Module, *, inplace: bool = False, backend: str = "auto", rewr
         raise UserError("rewrite", "a copy: a rewritten model is a new GraphModule", "inplace=False")
     model = model if inplace else copy.deepcopy(model)
     if backend == "eager":
-        return Fused(model, (Fusion(("",), "model", False, "backend eager"),))
+        return Fused(model, (Fusion(("",), "model", False, "as backend eager asks"),), backend)
     if backend == "compile":
         model.compile()
-        return Fused(model, (Fusion(("",), "model", True, "compiled as a whole by torch.compile"),))
+        return Fused(model, (Fusion(("",), "model", True, "compiled as a whole by torch.compile"),), backend)
     if rewrite:
         graph_module, report = rewritten(model, backend)
         _, layers = _fuse_layers(graph_module, backend)
         norms = [Fusion((name,), "norm", *what) for name, what in report.items()]
-        return Fused(graph_module, (*layers, *norms))
+        return Fused(graph_module, (*layers, *norms), backend)
     pairs = _fuse_pairs(model, backend)
     model, layers = _fuse_layers(model, backend)
-    return Fused(model, (*layers, *pairs))
+    return Fused(model, (*layers, *pairs), backend)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -142,15 +146,19 @@ def _fuse_pairs(model: nn.Module, backend: str) -> list[Fusion]:
     report = []
     for site in _sites(model):
         reason = site.obstacle
-        if not reason and site.function:
-            reason = f"followed by a call of {site.function}, which is no module; `rewrite` can fuse it"
-        elif not reason and not site.act:
-            reason = "no activation follows"
+        if not reason and not site.act:
+            found = rewrite_of(model, site)
+            if isinstance(found, str):
+                reason = found
+            elif found.residual is not None:
+                reason = f"a residual is added before {type(found.module).__name__}; `rewrite=True` can fuse both"
+            else:
+                reason = f"followed by a call of {site.function}, which is no module; `rewrite=True` can fuse it"
         elif not reason:
             norm, act = model.get_submodule(site.norm), model.get_submodule(site.act)
             reason = refusal(norm, act)
             if not reason and site.act_calls > 1:
-                reason = f"its activation {site.act} is used {site.act_calls} times; `rewrite` can fuse it"
+                reason = f"its activation {site.act} is used {site.act_calls} times; `rewrite=True` can fuse it"
         names = (site.norm, site.act) if site.act else (site.norm,)
         if reason:
             report.append(Fusion(names, "norm", False, reason))

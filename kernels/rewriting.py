@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from kernels.norm_act import FUSED, refusal
+from kernels.norm_act import FUSED, activation_of, refusal
 from search_spaces.common.errors import UserError
 from search_spaces.layers.sites import Site, sites_by_trace
 
@@ -51,12 +51,9 @@ def rewritten(model: nn.Module, backend: str) -> tuple[fx.GraphModule, dict[str,
     fused: dict[str, nn.Module] = {}
     for site in sites:
         norm = model.get_submodule(site.norm)
-        found = _rewrite(model, site)
-        reason = site.obstacle or (found if isinstance(found, str) else refusal(norm, found.module))
-        if not reason and not isinstance(found, str) and found.residual is not None and _rows(norm):
-            reason = f"kernels add residuals before {type(norm).__name__}, not behind it"
-        if reason or isinstance(found, str):
-            report[site.norm] = (False, reason)
+        found = rewrite_of(model, site)
+        if isinstance(found, str):
+            report[site.norm] = (False, found)
             continue
         _apply(graph, found)
         fused[site.norm] = FUSED[type(norm)].of(norm, found.module, backend, rewritten=True)
@@ -92,9 +89,9 @@ def _traced(model: nn.Module) -> tuple[list[Site], fx.Graph]:
     return sites, graph
 
 
-def _rewrite(model: nn.Module, site: Site) -> Rewrite | str:
-    """What stands behind a normalisation, or why it cannot be fused."""
-    if site.norm_node is None:
+def rewrite_of(model: nn.Module, site: Site) -> Rewrite | str:
+    """What is fused with a normalisation by rewriting, or why it cannot be."""
+    if site.obstacle or site.norm_node is None:
         return site.obstacle or "never called"
     if len(site.norm_node.args) != 1 or site.norm_node.kwargs:
         return "it is called with named arguments"
@@ -108,8 +105,13 @@ def _rewrite(model: nn.Module, site: Site) -> Rewrite | str:
     if behind is None:
         return "its output is used in several places" if len(node.users) > 1 else "no activation follows"
     module = _as_module(model, behind)
-    if module is None:
+    if module is None or (activation_of(module) is None and not site.act):
         return "no activation follows"
+    norm = model.get_submodule(site.norm)
+    if reason := refusal(norm, module):
+        return reason
+    if residual is not None and isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return f"kernels add residuals before {type(norm).__name__}, not behind it"
     return Rewrite(site.norm_node, addition, residual, behind, module)
 
 
@@ -133,10 +135,6 @@ def _as_module(model: nn.Module, node: fx.Node) -> nn.Module | None:
     if name in ("silu", "gelu", "relu6", "hardswish", "mish") and len(node.args) > 1:
         return None  # positions differ between function and module
     return _MODULES[name](*node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "input"})
-
-
-def _rows(norm: nn.Module) -> bool:
-    return isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
 
 
 def _apply(graph: fx.Graph, rewrite: Rewrite) -> None:

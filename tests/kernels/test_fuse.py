@@ -236,11 +236,12 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Shown(), "no activation follows"),
-        (Functional(F.relu), "relu, which is no module; `rewrite`"),
+        (Shown(), "its output is used in several places"),
+        (Functional(F.softplus), "no activation follows"),
+        (Functional(F.relu), "relu, which is no module; `rewrite=True`"),
         (ByMode(), "differs in training and evaluation"),
         (Twice(), "called 2 times"),
-        (Block(3), "its activation relu is used 2 times; `rewrite`"),
+        (Block(3), "its activation relu is used 2 times; `rewrite=True`"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), "no activation follows"),
         (nn.Sequential(nn.BatchNorm2d(3), nn.PReLU()), "no kernel for PReLU"),
         (nn.Sequential(nn.InstanceNorm2d(3), nn.ReLU()), "no kernel for InstanceNorm2d"),
@@ -256,6 +257,25 @@ def test_what_is_not_sure_is_left_and_says_so(model, reason):
     assert fused.count == 0
     assert reason in fused.report[0].reason
     assert [type(m) for m in fused.model.modules()] == before
+
+
+def test_the_report_is_true_and_says_what_else_could_be_done():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), Block())
+    head, *lines = str(kernels.fuse(model, backend="reference")).splitlines()
+    assert head == "1 of 3 places fused"
+    assert lines == [
+        "1 + 2: fused, BatchNorm2d with ReLU",
+        "3.bn1 + 3.relu: left, its activation 3.relu is used 2 times; `rewrite=True` can fuse it",
+        "3.bn2: left, a residual is added before ReLU; `rewrite=True` can fuse both",
+    ]
+    assert kernels.fuse(model, backend="reference", rewrite=True).count == 3  # it can
+    nothing = kernels.fuse(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    assert nothing.count == 0
+    assert str(nothing).startswith("nothing to fuse")
+    notes = [
+        str(kernels.fuse(model, backend=backend)).count("by torch") for backend in ("auto", "reference", "compile")
+    ]
+    assert notes == [int(bool(kernels.obstacle())), 0, 1]  # the last is "compiled by torch.compile"
 
 
 def test_hooks_are_left():
