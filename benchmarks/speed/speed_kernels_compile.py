@@ -101,6 +101,8 @@ def measure(count: int, compiled: int, processes: int) -> list[dict[str, Any]]:
             ready(graph)
         rows.append({"stage": "in memory", "graphs": kind, **milliseconds(ready, graphs, lambda: None)})
         rows.append({"stage": "from files", "graphs": kind, **milliseconds(ready, graphs, forget)})
+    if not compiled:
+        return rows
     some = graphs[:compiled]
     warm = jobs_of("first", catalog.layer("evonorm-s0"), Shape(128, 256, 784))  # a process's first takes longer
     jobs = [job for k, graph in enumerate(some) for job in jobs_of(str(k), graph, Shape(128, 256, 784))]

@@ -135,7 +135,8 @@ def bytes_(
         "\nread, written: tensors of the size of x; ratio: bytes by the fewest, where a sample may stay on the chip"
     )
     heading = _title("bytes", layers, shape, dtype, channels_last, None)
-    files = _write(out, f"{heading}\n\n{table(found)}\n", records)
+    legend = "R, L, U: tensors of the size of x read + written: all bytes by the fewest, kernels."
+    files = _write(out, f"{heading}\n{legend}\n\n{table(found)}\n", records)
     output.finish({"traffic": records, "refused": refused, "files": files})
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kernel_cases import random_cases
 
-from kernels.aot import ARCHITECTURES, Job, KernelReport, compile_jobs, jobs_of, table
+from kernels.aot import ARCHITECTURES, Job, KernelReport, architecture, compile_jobs, jobs_of, table
 from kernels.program import FULL, Builder
 from kernels.schedule import Shape
 from search_spaces.common.errors import RunError, UserError
@@ -27,13 +29,13 @@ SPILLS = {
 LAYER_NORM = "v1 * (x - mean[channel](x)) / std[channel](x) + v0"
 TENSORS = {"forward": (1, 1), "backward": (2, 1)}  # of the size of x, that one pass over x reads and writes
 
-CASES = [
+CASES = [  # disassembled
     ("evonorm-s0", LARGE),
     ("evonorm-s0", replace(LARGE, s=3136)),
     ("bn-relu", LARGE),
-    ("gn-silu", replace(LARGE, last=True)),
     ("in-relu", replace(LARGE, s=196)),
 ]
+SAMPLE = sorted(random.Random(6).sample(sorted(catalog.CATALOG), 6))  # the rest by `make slow`
 
 
 def check(reports: list[KernelReport], wide: bool = True) -> None:
@@ -53,16 +55,50 @@ def jobs(cases, arch: str = "sm_90") -> list[Job]:
 
 @functools.cache
 def compiled() -> list[KernelReport]:
+    return compile_jobs(jobs(CASES))
+
+
+@functools.cache
+def sample() -> list[KernelReport]:
     rows = jobs_of("layer norm", parse_formula(LAYER_NORM, affine=False), Shape(64, 768, 784, last=True))
-    return compile_jobs([*jobs(CASES), *rows])
+    last = jobs([("gn-silu", replace(LARGE, last=True))])
+    return compile_jobs([*jobs([(name, LARGE) for name in SAMPLE]), *last, *rows], disassemble=False)
 
 
 def test_no_spills_within_the_registers():
     reports = compiled()
     check([r for r in reports if r.layer != "in-relu"])
     check([r for r in reports if r.layer == "in-relu"], wide=False)
-    assert {r.layer for r in reports} == {"evonorm-s0", "bn-relu", "gn-silu", "in-relu", "layer norm"}
+    assert {r.layer for r in reports} == {"evonorm-s0", "bn-relu", "in-relu"}
     assert all(r.seconds > 0 for r in reports)
+
+
+def test_a_sample_of_the_catalogue():
+    reports = sample()
+    check(reports)
+    assert {r.layer for r in reports} == {*SAMPLE, "gn-silu", "layer norm"}
+    assert {r.schedule for r in reports} >= {"R", "U"}
+
+
+def test_text_and_machine_code_agree_on_what_is_wide():
+    """The assembler merges equal narrow loads; wide ones and stores stay as the compiler wrote them."""
+    whole = [r for r in compiled() if r.layer == "bn-relu"]
+    quick = compile_jobs(jobs([("bn-relu", LARGE)]), disassemble=False)
+    for one, other in zip(whole, quick, strict=True):
+        assert one.stores == other.stores
+        assert {bits: n for bits, n in one.loads.items() if bits > 32} == {
+            bits: n for bits, n in other.loads.items() if bits > 32
+        }
+        assert (one.registers, one.stack, one.shared) == (other.registers, other.stack, other.shared)
+
+
+def test_each_architecture_has_its_own_code(tmp_path):
+    """Two in one process, of the same text: as many binaries, each for its own."""
+    work = [*jobs([("relu", LARGE)], "sm_90"), *jobs([("relu", LARGE)], "sm_80")]
+    reports = compile_jobs(work, cache=tmp_path, disassemble=False)
+    assert [r.arch for r in reports] == ["sm_90"] * 3 + ["sm_80"] * 3
+    targets = [json.loads(path.read_text())["target"]["arch"] for path in tmp_path.rglob("kernel_*.json")]
+    assert sorted(targets) == [80, 80, 80, 90, 90, 90]
 
 
 def test_196_positions_are_loaded_four_at_a_time():
@@ -99,13 +135,13 @@ def test_a_carried_cache_is_found(tmp_path, monkeypatch):
     """The same layer from another source folder and another process compiles nothing again."""
     job = jobs([("relu", LARGE)])[:1]
     monkeypatch.setenv("NASFORGE_HOME", str(tmp_path / "one"))
-    first = compile_jobs(job, cache=tmp_path / "cache")
+    first = compile_jobs(job, cache=tmp_path / "cache", disassemble=False)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.cubin")}
     assert files
     carried = tmp_path / "carried"
     os.rename(tmp_path / "cache", carried)
     monkeypatch.setenv("NASFORGE_HOME", str(tmp_path / "two"))
-    second = compile_jobs(job, cache=carried)
+    second = compile_jobs(job, cache=carried, disassemble=False)
     assert len([*carried.rglob("*.cubin")]) == len(files)
     assert [replace(r, seconds=0.0) for r in first] == [replace(r, seconds=0.0) for r in second]
     assert Path(tmp_path / "two" / "kernels").exists()
@@ -114,9 +150,11 @@ def test_a_carried_cache_is_found(tmp_path, monkeypatch):
 def test_order_progress_and_processes(tmp_path):
     work = jobs([("relu", LARGE)])
     seen: list[tuple[int, int | None]] = []
-    both = compile_jobs(work, processes=2, cache=tmp_path, progress=lambda done, total: seen.append((done, total)))
+    both = compile_jobs(
+        work, processes=2, cache=tmp_path, disassemble=False, progress=lambda done, total: seen.append((done, total))
+    )
     assert sorted(seen) == [(k, 2) for k in (1, 2)]
-    alone = compile_jobs(work, cache=tmp_path)
+    alone = compile_jobs(work, cache=tmp_path, disassemble=False)
     assert [replace(r, seconds=0.0) for r in both] == [replace(r, seconds=0.0) for r in alone]
     assert len(table(alone).splitlines()) == len(alone) + 2
 
@@ -124,6 +162,10 @@ def test_order_progress_and_processes(tmp_path):
 def test_bad_input():
     with pytest.raises(UserError, match="sm_90"):
         jobs_of("relu", catalog.layer("relu"), LARGE, arch="sm_91")
+    for name, meant in (("sm91", "sm_90"), ("H200", "sm_90"), ("a100", "sm_80"), ("RTX 4090", "sm_89")):
+        with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+            architecture(name)
+    assert [architecture(name) for name in ("sm_90", "SM90", "9.0", " 100 ")] == ["sm_90", "sm_90", "sm_90", "sm_100"]
     with pytest.raises(UserError, match="bfloat16"):
         jobs_of("relu", catalog.layer("relu"), LARGE, dtype="bfloat")
     builder = Builder()

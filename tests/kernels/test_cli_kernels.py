@@ -65,6 +65,14 @@ def test_check_reports_what_is_broken(call, monkeypatch, folder):
         assert found[name]["state"] == "missing"
 
 
+def test_kernels_that_move_too_much_are_noticed(monkeypatch, importable):
+    importable("triton")
+    assert "of the fewest" in check._moved()
+    monkeypatch.setattr(check, "MOVING", ("layer-norm",))  # larger than any tile: read twice
+    with pytest.raises(RunError, match="layer-norm backward moves 1.67"):
+        check._moved()
+
+
 def test_layers_that_are_off_are_noticed(monkeypatch):
     assert "within" in check.layers_agree("cpu", "reference")
     from kernels import reference
@@ -134,6 +142,9 @@ def test_compile_reports_kernels_and_keeps_them(call, importable, tmp_path, fold
         (("silu", "--shape", "8x-1"), ("8x-1", "samples x channels")),
         (("silu", "--dtype", "float8"), ("float8", "float16")),
         (("slu",), ("slu", "silu")),
+        (("silu", "--arch", "sm_90,H200"), ("H200", "sm_90")),
+        (("silu", "--processes", "0"), ("--processes", "1")),
+        (("silu", "--out", "table.txt"), ("table.txt", "table.md")),
     ],
 )
 def test_wrong_usage(call, arguments, words):
@@ -141,6 +152,24 @@ def test_wrong_usage(call, arguments, words):
     assert (status, out) == (2, "")
     for word in words:
         assert word in err
+
+
+def test_bytes_by_schedule(call, importable, tmp_path, folder):
+    importable("triton")
+    status, out, err = call("bytes", "evonorm-s0", "silu", "--out", "bytes.md", "--json")
+    assert status == 0, err
+    found = {(t["layer"], t["direction"], t["schedule"]): t for t in json.loads(out)["traffic"]}
+    resident, universal = (found["evonorm-s0", "forward", kind] for kind in "RU")
+    assert (resident["chosen"], universal["chosen"]) == (True, False)
+    assert (resident["read"], resident["written"]) == (1, 1)
+    assert (universal["read"], universal["written"]) == (2, 1)
+    assert resident["total"] <= universal["total"]
+    text = (tmp_path / "bytes.md").read_text()
+    assert "nas kernels bytes evonorm-s0 silu --shape" in text
+    assert text.count("| silu |") == 2
+    assert call("bytes", "evonorm-s0", "--out", "bytes.json")[0] == 0
+    assert len(json.loads((tmp_path / "bytes.json").read_text())) == 4
+    assert call("bytes", "slu")[0] == 2
 
 
 def test_compile_without_triton(call, monkeypatch):
@@ -167,6 +196,16 @@ def test_list_and_clear(call, folder):
     assert json.loads(call("clear", "--json")[1])["removed"] == 30
     assert not list(folder.iterdir())
     assert "0 files removed" in call("clear")[1]
+
+
+def test_ages_are_read_easily():
+    assert [commands._age(s) for s in (5, 60, 3599, 7200, 90000)] == [
+        "just now",
+        "1 minute ago",
+        "59 minutes ago",
+        "2 hours ago",
+        "1 day ago",
+    ]
 
 
 def test_bench_times_layers(call):

@@ -90,3 +90,21 @@ def test_times_are_of_what_runs():
     work = {"little": lambda: sum(range(2000)), "much": lambda: sum(range(40000))}
     found = timing.compare(work, torch.device("cpu"), rounds=5)
     assert 8 < found["much"] / found["little"] < 50
+
+
+@pytest.mark.parametrize("compiled", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_times_until_the_first_launch(importable, compiled):
+    importable("triton")
+    options = ["--json", "--graphs", "3", "--compiled", str(compiled), "--processes", "1"]
+    command = [sys.executable, "-m", "benchmarks.speed.speed_kernels_compile", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {(row["stage"], row["graphs"]): row for row in json.loads(done.stdout)}
+    for kind in ("flat", "normalizing"):
+        made, known, files = (rows[stage, kind]["median"] for stage in ("text", "in memory", "from files"))
+        assert 0 < known < files
+        assert known < made
+    assert (("cold compile", "normalizing") in rows) == (compiled > 0)
+    if compiled:
+        assert rows["compiled before", "normalizing"]["mean"] < rows["cold compile", "normalizing"]["mean"]
