@@ -82,6 +82,11 @@ class LearnedPredictor(abc.ABC, Generic[S]):
         mean, std = self._predict(table, self._columns(named, len(table)), return_std)
         return (mean, std) if return_std else mean
 
+    @property
+    def needs_unlabelled(self) -> bool:
+        """Whether `fit` must be given unlabelled graphs."""
+        return False
+
     @abc.abstractmethod
     def _fit(
         self,

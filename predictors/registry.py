@@ -11,6 +11,7 @@ from predictors.base import LearnedPredictor, read_header, settings_of
 from search_spaces.common.names import match
 
 PREDICTORS = {
+    "auto": "predictors.ensemble:Ensemble",
     "gp-graf": "predictors.classical:GaussianProcess",
     "gbt-graf": "predictors.trees:GradientBoosting",
     "rf-graf": "predictors.trees:Forest",
@@ -19,10 +20,12 @@ PREDICTORS = {
     "gp-wl": "predictors.classical:WeisfeilerLehman",
     "random-projection": "predictors.classical:RandomProjectionProcess",
     "cap": "predictors.neural.cap:Cap",
+    "carl": "predictors.neural.carl:CausalPredictor",
     "feature-distilled": "predictors.neural.cap:FeatureDistilled",
     "gin": "predictors.neural.cap:Gin",
     "gmae": "predictors.neural.cap:Gmae",
     "graph-transformer": "predictors.neural.cap:GraphTransformer",
+    "path-mlp": "predictors.neural.path_ensemble:PathEnsemble",
     "nn-former": "predictors.neural.cap:NnFormer",
     "two-direction": "predictors.neural.cap:TwoDirection",
 }

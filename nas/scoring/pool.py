@@ -121,4 +121,4 @@ def _by_name(space: SearchSpace, archs: list[Any], scores: Any, task: Mapping[st
         raise UserError(list(settings), "settings of ScoringTask, such as data and batch_size") from None
     path = default_cache() if cache else None
     table = score_architectures(scoring, archs, needed(names), seeds=(seed,), workers=workers, cache=path)
-    return with_aggregates(table, names).values[:, :, 0]
+    return with_aggregates(table, names, space).values[:, :, 0]

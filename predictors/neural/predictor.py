@@ -175,6 +175,11 @@ class NeuralPredictor(LearnedPredictor[NeuralSettings]):
         if not self._waits:
             _train_together([self])
 
+    @property
+    def needs_unlabelled(self) -> bool:
+        """Pre-trains in `fit`, on graphs that the caller has to give."""
+        return self.settings.mode != "scratch" and self.settings.pretrained is None
+
     def _standardized(self, extra: np.ndarray) -> np.ndarray:
         return np.zeros((len(extra), 0)) if self._standardizer is None else self._standardizer(extra)
 

@@ -55,7 +55,8 @@ def train(
     """Train member k of the stack on the graphs at `rows[k]` (int64 [S, N]) with `targets[k]` (float32 [S, N]).
 
     Everything random of member k is drawn from generator k (on the CPU), so that it does not see the others. Modules
-    in `frozen` keep their weights and statistics.
+    in `frozen` keep their weights and statistics. A model with a method `objective` (graphs, targets, loss, share of
+    the training done -> [S]) is trained on that.
     """
     device = targets.device
     stack = len(generators)
@@ -75,6 +76,7 @@ def train(
     steps = max(1, round(rows.shape[1] / schedule.batch))
     average = [p.detach().clone() for p in weights] if schedule.average else None
     loss = loss_at(schedule.loss, 0, schedule.warm_up)
+    objective = getattr(model, "objective", None)  # of a network with more losses than that of its scores
     for epoch in range(schedule.epochs):
         _train_mode(model, frozen or [])
         changed = loss_at(schedule.loss, epoch / schedule.epochs, schedule.warm_up)
@@ -85,8 +87,8 @@ def train(
         for step, batch in enumerate(order.tensor_split(steps, 1)):
             share = (epoch + step / steps) / schedule.epochs
             optimizer.param_groups[0]["lr"] = schedule.rate * (1 + math.cos(math.pi * share)) / 2
-            scores = model(graphs.rows(rows[members, batch]))
-            value = loss(scores, targets[members, batch])
+            given, wanted = graphs.rows(rows[members, batch]), targets[members, batch]
+            value = loss(model(given), wanted) if objective is None else objective(given, wanted, loss, share)
             optimizer.zero_grad(set_to_none=True)
             value.sum().backward()
             optimizer.step()

@@ -48,10 +48,10 @@ def test_gin_is_torch_geometrics(kind, rng):
         for k in range(STACK):
             x = encoder.embedding.weight[k][data.x]
             for layer in encoder.layers:
-                inner, outer, norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.BatchNorm1d(16).eval()
+                inner, outer, norm = nn.Linear(16, 32), nn.Linear(32, 16, bias=False), nn.BatchNorm1d(16).eval()
                 convolution = GINConv(nn.Sequential(inner, nn.ReLU(), outer))  # draws its weights anew
-                for mine, theirs in ((layer.inner, inner), (layer.outer, outer)):
-                    theirs.weight.data, theirs.bias.data = mine.weight[k].T, mine.bias[k, 0]
+                inner.weight.data, inner.bias.data = layer.inner.weight[k].T, layer.inner.bias[k, 0]
+                outer.weight.data = layer.outer.weight[k].T
                 norm.weight.data, norm.bias.data = layer.norm.weight[k, 0, 0], layer.norm.bias[k, 0, 0]
                 norm.running_mean, norm.running_var = layer.norm.mean[k, 0, 0], layer.norm.variance[k, 0, 0]
                 x = norm(convolution(x, edges))
