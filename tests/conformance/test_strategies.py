@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cheap_predictor import Linear
 
 from nas.objectives import parse_objectives
 from nas.strategies import STRATEGIES, make_strategy, strategy_settings
@@ -37,12 +38,15 @@ class TinyClasses(Tiny):
         return self.encode((arch[0], *sorted(arch[1:])))
 
 
+GUIDED = ("predictor", "bananas", "npenas", "brp-nas", "weak-nas")
+LARGE = {name: {"predictor": Linear} for name in GUIDED}  # what is tested is the search, not the predictor
 SMALL = {  # settings that suit a space of twelve
     "regularized-evolution": {"population": 4, "tournament": 2},
     "nsga-ii": {"population": 4},
     "successive-halving": {"fidelities": (1, 3, 9), "configurations": 5},
     "hyperband": {"fidelities": (1, 3, 9)},
     "robot": {"scores": np.array, "explore": 5},
+    **{name: {"predictor": Linear, "initial": 4, "batch": 2} for name in GUIDED},
     "warm-start": {"scores": np.array, "count": 3, "settings": {"population": 4, "tournament": 2}},
 }
 OBJECTIVES = parse_objectives("val_acc,params")
@@ -50,7 +54,7 @@ LARGE_SPACE = NasBench201()
 
 
 def make(name, space, seed=0, objectives=OBJECTIVES, **settings):
-    settings = settings or (SMALL.get(name, {}) if len(space) < 100 else {})
+    settings = settings or (SMALL if len(space) < 100 else LARGE).get(name, {})
     return make_strategy(name, space, objectives, np.random.default_rng(seed), **settings)
 
 
@@ -170,7 +174,7 @@ def test_failed_trials_are_no_parents(name):
     assert all(strategy.metrics[parent] is not None for parent in parents)
 
 
-@pytest.mark.parametrize("name", ["regularized-evolution", "local-search", "nsga-ii"])
+@pytest.mark.parametrize("name", ["regularized-evolution", "local-search", "nsga-ii", "predictor", "npenas"])
 def test_bounds_come_before_the_metric(name):
     """A bound that few architectures keep: guided strategies ask for them far more often than chance does."""
     strategy = make(name, LARGE_SPACE, objectives=parse_objectives("val_acc,params>=19"))
@@ -215,6 +219,9 @@ BAD = [
     ("hyperband", {"fidelities": 12}, 12, "fidelities"),
     ("hyperband", {"eta": float("inf")}, float("inf"), "eta"),
     ("grid", {"shuffle": "maybe"}, "maybe", "shuffle"),
+    ("predictor", {"predictor": "gp-graff"}, "gp-graff", "gp-graf"),
+    ("bananas", {"initial": 0}, 0, "initial"),
+    ("brp-nas", {"random_share": 1.5}, 1.5, "random_share"),
 ]
 
 
