@@ -1,4 +1,4 @@
-"""StackedPredictor: base of the predictors whose small networks are trained as one stack, on objectives of their own."""
+"""StackedPredictor: base of the predictors whose small networks train as one stack, on objectives of their own."""
 
 from __future__ import annotations
 
@@ -198,8 +198,11 @@ def vectors(columns: np.ndarray) -> GraphBatch:
 
 def join(batches: Sequence[GraphBatch]) -> GraphBatch:
     """One batch of the graphs of several with the same shapes."""
-    columns = {field.name: [getattr(b, field.name) for b in batches] for field in dataclasses.fields(GraphBatch)}
-    return GraphBatch(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(GraphBatch):
+        each = [getattr(batch, field.name) for batch in batches]
+        fields[field.name] = None if each[0] is None else torch.cat(each)
+    return GraphBatch(**fields)
 
 
 def descend(

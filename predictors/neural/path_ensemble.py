@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class PathNetwork(nn.Module):
     def __init__(self, stack: int, columns: int, width: int, layers: int):
         super().__init__()
         sizes = [columns] + [width] * layers
-        self.hidden = nn.ModuleList(Linear(stack, a, b, init="xavier") for a, b in zip(sizes, sizes[1:], strict=False))
+        self.hidden = nn.ModuleList(Linear(stack, a, b, init="xavier") for a, b in itertools.pairwise(sizes))
         self.last = Linear(stack, width, 1, init="xavier")
 
     def forward(self, batch: GraphBatch) -> Tensor:
