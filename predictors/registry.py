@@ -25,9 +25,9 @@ PREDICTORS = {
     "gin": "predictors.neural.cap:Gin",
     "gmae": "predictors.neural.cap:Gmae",
     "graph-transformer": "predictors.neural.cap:GraphTransformer",
-    "path-mlp": "predictors.neural.path_ensemble:PathEnsemble",
     "nn-former": "predictors.neural.cap:NnFormer",
     "two-direction": "predictors.neural.cap:TwoDirection",
+    "path-mlp": "predictors.neural.path_ensemble:PathEnsemble",
 }
 
 
