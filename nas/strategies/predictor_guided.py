@@ -22,7 +22,7 @@ CANDIDATES = ("auto", "space", "mutations", "local")
 PARENTS = ("best", "tournament")
 ACQUISITIONS = ("auto", "mean", "ucb", "its")
 LEAST_LABELS = 3
-MUTATIONS_TRIED = 10  # per candidate wanted, before fewer will do
+MUTATIONS_TRIED = 5  # per candidate wanted, before fewer will do
 MOST_STEPS = 20  # of a climb over predictions
 
 
@@ -30,7 +30,7 @@ class PredictorGuided(Strategy[A]):
     """Random architectures, then in each round those that a predictor of what was measured ranks best.
 
     predictor (gp-graf): a name (`nas predict list`) or a function (space name, vocabulary) -> Predictor; settings: its
-    own. initial (20): random architectures first. batch (5): queries between two fits. acquisition (auto): what
+    own. initial (20): random architectures first. batch (10): queries between two fits. acquisition (auto): what
     candidates are ranked by: `mean`, the prediction; `ucb`, plus kappa (1) standard deviations; `its`, a draw of
     independent Thompson sampling (White et al., BANANAS, AAAI 2021, section 4); auto: `its` where the predictor knows
     how sure it is, else `mean`.
@@ -59,7 +59,7 @@ class PredictorGuided(Strategy[A]):
         predictor: PredictorChoice = DEFAULT_PREDICTOR,
         settings: Mapping[str, Any] | None = None,
         initial: int = 20,
-        batch: int = 5,
+        batch: int = 10,
         acquisition: str = "auto",
         kappa: float = 1.0,
         candidates: str = "auto",

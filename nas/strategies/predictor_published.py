@@ -18,8 +18,8 @@ class Bananas(PredictorGuided[A]):
     """Mutations of the best, chosen by independent Thompson sampling (White, Neiswanger and Savani, BANANAS, AAAI
     2021, algorithm 1).
 
-    10 random architectures, then 10 per round among mutations of the best, as in the authors' naszilla. Theirs is an
-    ensemble of networks on path encodings; here it is `predictor`, which must know how sure it is.
+    10 random architectures, then 10 per round among mutations of the best, as in the authors' naszilla. predictor
+    (path-mlp): theirs, an ensemble of networks on path encodings; another one must know how sure it is.
     """
 
     name = "bananas"
@@ -30,7 +30,7 @@ class Bananas(PredictorGuided[A]):
         objectives: Sequence[Objective],
         rng: np.random.Generator,
         *,
-        predictor: PredictorChoice = DEFAULT_PREDICTOR,
+        predictor: PredictorChoice = "path-mlp",
         settings: Mapping[str, Any] | None = None,
         initial: int = 10,
         batch: int = 10,
