@@ -2,7 +2,7 @@
 
 Every job runs in a process of its own without Triton's interpreter, by the launch path of `kernels.runtime`: what is
 compiled for a shape is what a launch on that GPU would look for. Point TRITON_CACHE_DIR on the GPU machine to a copy of
-the cache folder; Triton's version and the processor count must be the same there.
+the cache folder; Triton and Python's version and the processor count must be the same there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.autodiff import differentiate
+from kernels.cache import mark, settle
 from kernels.lower import lower
 from kernels.program import Program, parse
 from kernels.schedule import PROCESSORS, Shape
@@ -129,9 +130,17 @@ def compile_jobs(
     RunError with the compiler's message where a kernel does not compile.
     """
     jobs = list(jobs)
+    if cache is not None:
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        settle(Path(cache))
+        mark(Path(cache))
     count = max(min(processes, len(jobs)), 1)
     with tempfile.TemporaryDirectory(prefix="nasforge-aot-") as temporary:
-        environment = {**os.environ, "TRITON_CACHE_DIR": str(cache or temporary), "TRITON_INTERPRET": "0"}
+        environment = {
+            **os.environ,
+            "TRITON_CACHE_DIR": str(Path(cache or temporary).absolute()),
+            "TRITON_INTERPRET": "0",
+        }
         root = str(Path(__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         workers, files = [], []

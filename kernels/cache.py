@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import json
 import linecache
 import os
 import tempfile
@@ -24,6 +25,7 @@ from types import ModuleType
 from search_spaces.common.files import home
 
 LIMIT = 4096  # files; about 10 kB each
+_PLACE = "nasforge-place"  # in a folder of compiled kernels: where it lay when they were compiled
 _ABANDONED = 3600.0  # seconds after which a temporary file belongs to a process that died
 
 
@@ -89,10 +91,36 @@ def compiled_folder() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
+        settle(path)
     except OSError as error:
         path = _temporary_folder(str(path), error.strerror or str(error)) / "compiled"
         os.environ["TRITON_CACHE_DIR"] = str(path)
     return path
+
+
+def mark(path: Path) -> None:
+    """Note in a folder of compiled kernels where it lies, so that `settle` sees when it was carried elsewhere."""
+    _replace(path / _PLACE, str(path.absolute()))
+
+
+def settle(path: Path) -> int:
+    """Make a folder of compiled kernels that was carried here, and was marked, known to Triton; returns how many
+    kernels it has that had to be told. Triton lists the files of each kernel by their full paths."""
+    here = str(path.absolute())
+    try:
+        if (path / _PLACE).read_text(encoding="utf-8") == here:
+            return 0
+    except OSError:  # not marked: Triton's own
+        return 0
+    count = 0
+    for group in path.glob("*/__grp__*.json"):
+        with contextlib.suppress(ValueError, KeyError, AttributeError):  # damaged: compiled again by Triton
+            names = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
+            moved = {name: str(group.absolute().with_name(name)) for name in names}
+            _replace(group, json.dumps({"child_paths": moved}))
+            count += 1
+    mark(path)
+    return count
 
 
 def _signatures(lines: list[str]) -> Iterator[str]:
@@ -132,6 +160,17 @@ def _written(path: Path, text: str, limit: int) -> Path:
         if path.read_text(encoding="utf-8") == text:
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, text)
+    if len(os.listdir(path.parent)) > limit:
+        _remove_abandoned()
+        for old in _excess(entries(), limit):
+            if old != path:
+                _removed(old)
+    return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that readers see all of it or the one before."""
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -140,12 +179,6 @@ def _written(path: Path, text: str, limit: int) -> Path:
     except OSError:
         _removed(Path(temporary))
         raise
-    if len(os.listdir(path.parent)) > limit:
-        _remove_abandoned()
-        for old in _excess(entries(), limit):
-            if old != path:
-                _removed(old)
-    return path
 
 
 def _found(ending: str) -> list[tuple[float, Path]]:

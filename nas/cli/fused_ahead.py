@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,8 +100,9 @@ def compile_(
     files = _write(out, text, records)
     if to is not None:
         devices = ", ".join(f"{j.arch} with {j.processors} processors" for j in {j.arch: j for j in jobs}.values())
-        output.say(f"copy {to} to the GPU machine and set TRITON_CACHE_DIR to it; found by Triton {_triton()} on")
-        output.say(f"  {devices}, for x {shape} of {dtype}")
+        same = f"Triton {_triton()}, Python {sys.version_info.major}.{sys.version_info.minor}"
+        output.say(f"copy {to} to the GPU machine and set TRITON_CACHE_DIR to the copy; needs there {same}")
+        output.say(f"  and {devices}; for x {shape} of {dtype}")
     output.finish({"kernels": records, "refused": refused, "cache": to and str(to), "files": files})
 
 

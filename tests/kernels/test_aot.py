@@ -35,7 +35,7 @@ CASES = [  # disassembled
     ("bn-relu", LARGE),
     ("in-relu", replace(LARGE, s=196)),
 ]
-SAMPLE = sorted(random.Random(6).sample(sorted(catalog.CATALOG), 6))  # the rest by `make slow`
+SAMPLE = sorted({"bn-relu", *random.Random(6).sample(sorted(catalog.CATALOG), 4)})  # all of it by `make slow`
 
 
 def check(reports: list[KernelReport], wide: bool = True) -> None:
@@ -70,7 +70,7 @@ def test_no_spills_within_the_registers():
     check([r for r in reports if r.layer != "in-relu"])
     check([r for r in reports if r.layer == "in-relu"], wide=False)
     assert {r.layer for r in reports} == {"evonorm-s0", "bn-relu", "in-relu"}
-    assert all(r.seconds > 0 for r in reports)
+    assert sum(r.seconds for r in reports) > 0
 
 
 def test_a_sample_of_the_catalogue():
@@ -83,22 +83,13 @@ def test_a_sample_of_the_catalogue():
 def test_text_and_machine_code_agree_on_what_is_wide():
     """The assembler merges equal narrow loads; wide ones and stores stay as the compiler wrote them."""
     whole = [r for r in compiled() if r.layer == "bn-relu"]
-    quick = compile_jobs(jobs([("bn-relu", LARGE)]), disassemble=False)
+    quick = [r for r in sample() if r.layer == "bn-relu"]
     for one, other in zip(whole, quick, strict=True):
         assert one.stores == other.stores
         assert {bits: n for bits, n in one.loads.items() if bits > 32} == {
             bits: n for bits, n in other.loads.items() if bits > 32
         }
         assert (one.registers, one.stack, one.shared) == (other.registers, other.stack, other.shared)
-
-
-def test_each_architecture_has_its_own_code(tmp_path):
-    """Two in one process, of the same text: as many binaries, each for its own."""
-    work = [*jobs([("relu", LARGE)], "sm_90"), *jobs([("relu", LARGE)], "sm_80")]
-    reports = compile_jobs(work, cache=tmp_path, disassemble=False)
-    assert [r.arch for r in reports] == ["sm_90"] * 3 + ["sm_80"] * 3
-    targets = [json.loads(path.read_text())["target"]["arch"] for path in tmp_path.rglob("kernel_*.json")]
-    assert sorted(targets) == [80, 80, 80, 90, 90, 90]
 
 
 def test_196_positions_are_loaded_four_at_a_time():
@@ -131,32 +122,31 @@ def test_universal_kernels_move_every_element_once_a_stage():
         assert r.stores.get(128, 0) * held == writes * 2 * r.tile
 
 
-def test_a_carried_cache_is_found(tmp_path, monkeypatch):
-    """The same layer from another source folder and another process compiles nothing again."""
-    job = jobs([("relu", LARGE)])[:1]
+def test_two_processes_two_architectures_and_a_carried_cache(tmp_path, monkeypatch):
+    """Each architecture has its own code, also where one process compiles the same text for both; and from another
+    source folder, in another process and in another place of the cache, nothing is compiled again."""
+    work = [*jobs([("relu", LARGE)], "sm_90"), *jobs([("relu", LARGE)], "sm_80")]
+    seen: list[tuple[int, int | None]] = []
     monkeypatch.setenv("NASFORGE_HOME", str(tmp_path / "one"))
-    first = compile_jobs(job, cache=tmp_path / "cache", disassemble=False)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.cubin")}
-    assert files
+    first = compile_jobs(
+        work, processes=2, cache=tmp_path / "cache", disassemble=False, progress=lambda *done: seen.append(done)
+    )
+    assert sorted(seen) == [(k, 4) for k in range(1, 5)]
+    assert [(r.arch, r.direction) for r in first] == [
+        (arch, way) for arch in ("sm_90", "sm_80") for way in ("forward", "backward", "backward")
+    ]
+    assert len(table(first).splitlines()) == len(first) + 2
     carried = tmp_path / "carried"
     os.rename(tmp_path / "cache", carried)
+    targets = [json.loads(path.read_text())["target"]["arch"] for path in carried.rglob("kernel_*.json")]
+    assert sorted(targets) == [80, 80, 80, 90, 90, 90]
+    files = {path: path.stat().st_mtime_ns for path in carried.rglob("*.cubin")}
     monkeypatch.setenv("NASFORGE_HOME", str(tmp_path / "two"))
-    second = compile_jobs(job, cache=carried, disassemble=False)
-    assert len([*carried.rglob("*.cubin")]) == len(files)
+    second = compile_jobs(work, cache=carried, disassemble=False)
+    assert len(files) == 6
+    assert {path: path.stat().st_mtime_ns for path in carried.rglob("*.cubin")} == files
     assert [replace(r, seconds=0.0) for r in first] == [replace(r, seconds=0.0) for r in second]
     assert Path(tmp_path / "two" / "kernels").exists()
-
-
-def test_order_progress_and_processes(tmp_path):
-    work = jobs([("relu", LARGE)])
-    seen: list[tuple[int, int | None]] = []
-    both = compile_jobs(
-        work, processes=2, cache=tmp_path, disassemble=False, progress=lambda done, total: seen.append((done, total))
-    )
-    assert sorted(seen) == [(k, 2) for k in (1, 2)]
-    alone = compile_jobs(work, cache=tmp_path, disassemble=False)
-    assert [replace(r, seconds=0.0) for r in both] == [replace(r, seconds=0.0) for r in alone]
-    assert len(table(alone).splitlines()) == len(alone) + 2
 
 
 def test_bad_input():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import json
 import linecache
 import os
 import subprocess
@@ -198,6 +199,28 @@ def test_what_died_processes_left_is_removed(home):
     assert cache.clear() == 1
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_carried_folder_of_compiled_kernels_settles(home, monkeypatch):
+    first, second = home / "first", home / "second"
+    (first / "KEY").mkdir(parents=True)
+    (first / "KEY" / "k.cubin").write_bytes(b"code")
+    group = {"child_paths": {"k.cubin": str(first / "KEY" / "k.cubin")}}
+    (first / "KEY" / "__grp__k.json").write_text(json.dumps(group))
+    (first / "BAD").mkdir()
+    (first / "BAD" / "__grp__k.json").write_text('{"child_pa')
+    assert cache.settle(first) == 0  # nobody marked it
+    cache.mark(first)
+    assert cache.settle(first) == 0  # it lies where it lay
+    first.rename(second)
+    assert cache.settle(second) == 1
+    ((name, path),) = json.loads((second / "KEY" / "__grp__k.json").read_text())["child_paths"].items()
+    assert (name, Path(path).read_bytes()) == ("k.cubin", b"code")
+    assert cache.settle(second) == 0
+    third = second.rename(home / "third")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(third))
+    assert cache.compiled_folder() == third  # as before the first launch of a process
+    assert str(third) in (third / "KEY" / "__grp__k.json").read_text()
 
 
 def test_triton_has_a_folder_that_can_be_written(home, monkeypatch):
