@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,15 +60,18 @@ WITH_MAPS = (*WITHOUT_MAPS, "meco", "meco-opt")
 POPULATION = 1000
 
 
-def in_turn(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each action, all of them once per repeat, after one round to warm up."""
+def in_turn(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each action, all of them once per repeat, after one round to warm up.
+
+    Seconds of the processor, one thread: what else the machine does counts only by what it takes from its memory.
+    """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for repeat in range(repeats + 1):
         for name, action in actions.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             action()
             if repeat:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -171,9 +174,9 @@ def batching(batch: int, channels: int, cells: int, sample: int) -> dict[str, An
                 "shared": lambda part=part, names=names: shared.score(part, names),  # type: ignore[misc]
             }
             for name, action in actions.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 action()
-                times[name] += time.perf_counter() - start
+                times[name] += time.process_time() - start
         seconds |= {f"{name}, {title}": spent / sample for name, spent in times.items()}
     standing = [representative(space, "nas-bench-201", arch) for arch in population]
     by_calls = {

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nas.scoring.program import Ids, Program
@@ -124,7 +123,7 @@ class _Population:
         refused = {name: refusal(p, len(self.inputs), self.labels) for name, p in proxies.items()}
         usable = {name: p for name, p in proxies.items() if not refused[name]}
         wanted = {need for p in usable.values() for need in p.needs}
-        self._counts()
+        self._counts({"params", "weights"} & wanted)
         if wanted & {"codes", "live_codes", "features", "logits"}:
             self._forward(wanted, {n: p for n, p in usable.items() if p.name in ADDITIVE})
         if "synflow_forward" in wanted:
@@ -145,15 +144,18 @@ class _Population:
             found.append((values, {name: why for name, why in reasons.items() if why}))
         return found
 
-    def _counts(self) -> None:
-        parameters = dict(self.network.named_parameters())
+    def _counts(self, wanted: set[str]) -> None:
+        for captured in self.captured:
+            captured.labels, captured.samples = self.labels, len(self.inputs)
+            captured.regularisation = self.task.regularisation
+        if not wanted:
+            return
+        parameters = {name: p.detach() for name, p in self.network.named_parameters()}
         weights = set(Network(self.network, self.device, self.shared.seed).weights)
         for arch, captured in zip(self.archs, self.captured, strict=True):
             names = [name for name in self.shared.names(arch) if name in parameters]
             captured.params = sum(parameters[name].numel() for name in names)
-            captured.weights = {name: parameters[name].detach() for name in names if name in weights}
-            captured.labels, captured.samples = self.labels, len(self.inputs)
-            captured.regularisation = self.task.regularisation
+            captured.weights = {name: parameters[name] for name in names if name in weights}
 
     def _run(self, program: Program, inputs: torch.Tensor, places: list[Ids], see: Any, **given: Any) -> None:
         """Run a program so that every value at `places` is seen once, as many architectures together as there is
@@ -166,7 +168,7 @@ class _Population:
         seen: set[int] = {-1}
         for begin in range(0, len(order), count):
             wanted = set(np.unique(np.stack(places)[:, order[begin : begin + count]]).tolist()) - seen
-            program.run(inputs, wanted, see, elements=1 << (17 if on_cpu else 27), **given)
+            program.run(inputs, wanted, see, elements=1 << (16 if on_cpu else 27), **given)
             seen |= wanted
 
     def _forward(self, wanted: set[str], additive: Mapping[str, Proxy]) -> None:
@@ -246,7 +248,7 @@ class _Population:
             running = {n: (0.81 + 0.09 * v + 0.1 * second[n]).double().mean().item() for n, v in first.items()}
             for k, captured in enumerate(self.captured):
                 captured.zen.differences.append(changes[int(ends[k])])
-                captured.zen.variances.append([running[int(ids[k])] for ids in program.norms if ids[k] >= 0])
+                captured.zen.variances.append([running[int(read[k])] for read, _ in program.norms if read[k] >= 0])
 
     def _zen_forward(
         self, program: Program, ends: Ids, inputs: torch.Tensor, state: Mapping[int, torch.Tensor]
@@ -254,16 +256,13 @@ class _Population:
         """({value: features before global pooling}, {value that a BatchNorm reads: variance of each channel})."""
         features: dict[int, torch.Tensor] = {}
         variances: dict[int, torch.Tensor] = {}
-        last, norms = set(ends.tolist()), set(np.unique(program.norms).tolist())
+        last = set(ends.tolist())
 
         def see(nodes: list[int], values: torch.Tensor) -> None:
-            for node, value in zip(nodes, values, strict=True):
-                if node in norms:
-                    variances[node] = _variances(value)
-                if node in last:
-                    features[node] = value
+            features.update((node, value) for node, value in zip(nodes, values, strict=True) if node in last)
 
-        self._run(program, inputs, [*program.norms, ends], see, state=state)
+        places = [*(made for _, made in program.norms), ends]
+        self._run(program, inputs, places, see, state=state, variances=variances)
         return features, variances
 
     def _stages(self) -> None:
@@ -391,10 +390,3 @@ def channels_last(inputs: torch.Tensor) -> torch.Tensor:
     if inputs.dim() == 4 and inputs.device.type == "cpu":  # a copy, for one channel fits either way
         return torch.empty_like(inputs, memory_format=torch.channels_last).copy_(inputs)
     return inputs
-
-
-def _variances(x: torch.Tensor) -> torch.Tensor:
-    """[channels] unbiased variances, by the kernel of BatchNorm."""
-    mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
-    F.batch_norm(x, mean, variance, training=True, momentum=1.0)
-    return variance

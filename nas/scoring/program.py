@@ -9,8 +9,7 @@ anything wanted is not computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -60,24 +59,43 @@ class Traced(torch.Tensor):
         return program.call(func, args, kwargs or {})
 
 
-@dataclass(frozen=True, eq=False)
 class Call:
-    """A function and all its arguments but the values, for which `leaves` has None. shape: of the result."""
+    """A function and all its arguments but the values, for which `leaves` has VALUE. shape: of the result."""
 
-    func: Callable[..., Any]
-    leaves: list[Any]
-    spec: TreeSpec
-    shape: torch.Size
-    together: bool
+    def __init__(self, func: Callable[..., Any], leaves: list[Any], spec: TreeSpec, shape: torch.Size, together: bool):
+        self.func, self.shape, self.together = func, shape, together
+        self.leaves, self.spec = leaves, spec
+        args, self.kwargs = tree_unflatten(leaves, spec)
+        self.args = list(args)
+        # Flat calls, nearly all there are, are put together without walking through their arguments.
+        flat = (*self.args, *self.kwargs.values())
+        self.flat = len(flat) == len(leaves) and not any(value is VALUE for value in self.kwargs.values())
+        self.places = [k for k, value in enumerate(self.args) if value is VALUE]
+        self.weighted = any(isinstance(leaf, nn.Parameter) for leaf in leaves)
+
+    def given(
+        self, values: Sequence[torch.Tensor], state: Mapping[int, torch.Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and named arguments, with `state` in place of the network's own tensors."""
+        if not self.flat:
+            left = iter(values)
+            leaves = [next(left) if leaf is VALUE else state.get(id(leaf), leaf) for leaf in self.leaves]
+            return tree_unflatten(leaves, self.spec)
+        if not state:
+            args, kwargs = list(self.args), self.kwargs
+        else:
+            args = [state.get(id(x), x) for x in self.args]
+            kwargs = {name: state.get(id(x), x) for name, x in self.kwargs.items()}
+        for k, value in zip(self.places, values, strict=True):
+            args[k] = value
+        return tuple(args), kwargs
 
     def __call__(self, values: Sequence[torch.Tensor], state: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        given = iter(values)
-        leaves = [next(given) if leaf is None else state.get(id(leaf), leaf) for leaf in self.leaves]
-        args, kwargs = tree_unflatten([None if leaf is NOTHING else leaf for leaf in leaves], self.spec)
+        args, kwargs = self.given(values, state)
         return self.func(*args, **kwargs)
 
 
-NOTHING = object()  # an argument None
+VALUE = object()  # an argument that is a value
 
 
 class Program:
@@ -87,8 +105,8 @@ class Program:
     normalisation and dropout are the identity. separate_relus: ReLU calls of one value are values of their own, so that
     `behind` tells which of them lead somewhere. Errors: NotTogether.
 
-    relus: per ReLU call the values that it reads and those that it makes. leaves: those that a leaf module returns.
-    norms, pools: those that a BatchNorm reads, and a global average pooling. stages: what enters the first module of
+    relus, norms: per ReLU and BatchNorm call the values that it reads and those that it makes. leaves: those that a
+    leaf module returns. pools: those that a global average pooling reads. stages: what enters the first module of
     `stages`, then what each returns. output: the logits.
     """
 
@@ -113,7 +131,7 @@ class Program:
         self.largest = like[0].numel()  # elements of one sample of the largest value
         self.relus: list[tuple[Ids, Ids]] = []
         self.leaves: list[Ids] = []
-        self.norms: list[Ids] = []
+        self.norms: list[tuple[Ids, Ids]] = []
         self.pools: list[Ids] = []
         self.stages: list[Ids] = []
         self._calls: dict[Any, int] = {}
@@ -194,7 +212,7 @@ class Program:
         if is_relu(func, args, kwargs):
             self.relus.append((traced[0].ids, ids))
         elif func in BATCH_NORM_CALLS:
-            self.norms.append(traced[0].ids)
+            self.norms.append((traced[0].ids, ids))
         elif func in POOLING_CALLS and result.dim() > 2 and result.numel() == result.shape[0] * result.shape[1]:
             self.pools.append(traced[0].ids)
         return self._placeholder(result, ids)
@@ -222,8 +240,8 @@ class Program:
             marks.append(len(self.relus))
         key = func, spec, tuple(marks), tuple(shape)
         if key not in self._calls:
-            plain = [None if isinstance(x, Traced) else NOTHING if x is None else x for x in leaves]
-            together = func in BY_SAMPLE or func in BATCH_NORM_CALLS or (func is torch.add and plain == [None, None])
+            plain = [VALUE if isinstance(x, Traced) else x for x in leaves]
+            together = func in BY_SAMPLE or func in BATCH_NORM_CALLS or (func is torch.add and marks == [".", "."])
             self._calls[key] = len(self.calls)
             self.calls.append(Call(func, plain, spec, shape, together))
             self.largest = max(self.largest, shape.numel() // max(shape[0], 1) if shape else 0)
@@ -262,8 +280,7 @@ class Program:
             self.node_event.append(self._events)
             if func is torch.zeros_like:
                 self.zeros.add(node)
-            weighted = any(isinstance(x, nn.Parameter) for x in self.calls[call].leaves)
-            if not weighted and self.constant.issuperset(args):
+            if not self.calls[call].weighted and self.constant.issuperset(args):
                 self.constant.add(node)
         return self._nodes[key]
 
@@ -285,11 +302,13 @@ class Program:
         see: See,
         *,
         state: Mapping[int, torch.Tensor] | None = None,
+        variances: dict[int, torch.Tensor] | None = None,
         elements: int = 1 << 19,
     ) -> None:
         """Compute the wanted values and show them: `see(values, [len(values), samples, ...])`.
 
-        state: {id of a tensor of the network: what stands for it}. elements: of the values of one call, at most (but
+        state: {id of a tensor of the network: what stands for it}. variances: is filled with the unbiased variances of
+        the channels of every value that a BatchNorm reads on the way. elements: of the values of one call, at most (but
         for a single one).
         """
         nodes = sorted(self.behind(wanted))
@@ -304,7 +323,7 @@ class Program:
                 size = max(1, elements // max(call.shape.numel(), 1)) if call.together else 1
                 for begin in range(0, len(group), size):
                     part = group[begin : begin + size]
-                    made = self._compute(call, part, inputs, values, state or {})
+                    made = self._compute(call, part, inputs, values, state or {}, variances)
                     values |= dict(zip(part, made, strict=True))
                     shown = [k for k, node in enumerate(part) if node in wanted]
                     if shown:
@@ -324,30 +343,54 @@ class Program:
         inputs: torch.Tensor,
         values: Mapping[int, torch.Tensor],
         state: Mapping[int, torch.Tensor],
+        variances: dict[int, torch.Tensor] | None,
     ) -> torch.Tensor:
         """[len(nodes), samples, ...]"""
-        columns = [[values[n] for n in column] for column in zip(*(self.node_args[n] for n in nodes), strict=True)]
         if call.func is torch.zeros_like:
             zeros = inputs.new_zeros(call.shape)
             nhwc = zeros.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
             return (zeros.contiguous(memory_format=torch.channels_last) if nhwc else zeros)[None]
+        if call.func in BATCH_NORM_CALLS:
+            (read,) = zip(*(self.node_args[n] for n in nodes), strict=True)
+            made, spreads = _batch_norms(call, [values[n] for n in read], state, variances is not None)
+            if variances is not None:
+                variances.update(zip(read, spreads, strict=True))
+            return made
+        columns = [[values[n] for n in column] for column in zip(*(self.node_args[n] for n in nodes), strict=True)]
         given = [column[0] if len(nodes) == 1 else torch.cat(column) for column in columns]
-        if call.func in BATCH_NORM_CALLS and len(nodes) > 1:
-            if given[0].device.type == "cpu":  # whose own kernel is several times as fast
-                return torch.stack([call([x], state) for x in columns[0]])
-            return _batch_norms(call, given[0].view(len(nodes), *columns[0][0].shape), state)
         result = call(given, state)
         return result.view(len(nodes), -1, *result.shape[1:]) if len(nodes) > 1 else result[None]
 
 
-def _batch_norms(call: Call, x: torch.Tensor, state: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """BatchNorm of [architectures, samples, channels, ...], with the statistics of each architecture by itself."""
-    leaves = [None if leaf is NOTHING else leaf if leaf is None else state.get(id(leaf), leaf) for leaf in call.leaves]
-    args, kwargs = tree_unflatten(leaves, call.spec)
+def _batch_norms(
+    call: Call, values: Sequence[torch.Tensor], state: Mapping[int, torch.Tensor], spread: bool
+) -> tuple[torch.Tensor, Iterable[torch.Tensor]]:
+    """BatchNorm of [samples, channels, ...] of each architecture by itself: ([architectures, samples, channels, ...],
+    unbiased variances [architectures, channels] if `spread`)."""
+    args, kwargs = call.given(values[:1], state)
     weight, bias = argument("weight", 3, args, kwargs), argument("bias", 4, args, kwargs)
+    eps = argument("eps", 7, args, kwargs, 1e-5)
+    if len(values) == 1 or values[0].device.type == "cpu":  # whose own kernel is several times as fast
+        found, spreads = [], []
+        for x in values:
+            mean, variance = (x.new_zeros(x.shape[1]) if spread else None for _ in range(2))
+            found.append(F.batch_norm(x, mean, variance, weight, bias, True, 1.0, eps))
+            spreads.append(variance)
+        return found[0][None] if len(values) == 1 else torch.stack(found), spreads  # type: ignore[return-value]
+    return _batch_norms_together(torch.stack(list(values)), weight, bias, eps)
+
+
+def _batch_norms_together(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for x [architectures, samples, channels, ...] in a few calls."""
     shape = [1, 1, -1, *[1] * (x.dim() - 3)]
-    variance, mean = torch.var_mean(x, [d for d in range(1, x.dim()) if d != 2], correction=0, keepdim=True)
-    scale = torch.rsqrt(variance + argument("eps", 7, args, kwargs, 1e-5))
+    others = [d for d in range(1, x.dim()) if d != 2]
+    variance, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    scale = torch.rsqrt(variance + eps)
     scale = scale if weight is None else scale * weight.view(shape)
     shift = -mean * scale
-    return torch.addcmul(shift if bias is None else shift + bias.view(shape), x, scale)
+    count = x[0].numel() // x.shape[2]
+    return torch.addcmul(shift if bias is None else shift + bias.view(shape), x, scale), (
+        variance * count / max(count - 1, 1)
+    ).view(len(x), -1)

@@ -12,11 +12,11 @@ from torch import nn
 import zero_cost
 from nas.scoring import ScoringTask, batched, score_architectures
 from nas.scoring.batched import SharedNetwork
-from nas.scoring.program import NotTogether, Program
+from nas.scoring.program import NotTogether, Program, _batch_norms_together
 from nas.scoring.task import representative
 from search_spaces import load_space
 from search_spaces.cells.nas_bench_201 import NasBench201
-from search_spaces.choice import Choice, select, selected_state_dict
+from search_spaces.choice import select, selected_state_dict
 from search_spaces.common.errors import UserError
 from zero_cost.passes import redrawn as redrawing
 
@@ -107,27 +107,18 @@ def test_how_many_stand_in_one_call_changes_nothing(elements):
         torch.testing.assert_close(found[node], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_batch_norm_of_several_architectures_has_statistics_of_each():
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_of_several_architectures_has_statistics_of_each(affine):
     """The form that a GPU runs, against BatchNorm of one after another."""
-    from nas.scoring import program
-
-    class Doubled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.choice = Choice([nn.Conv2d(1, 3, 1), nn.Conv2d(1, 3, 3, padding=1)], "first")
-            self.norm = nn.BatchNorm2d(3)
-            nn.init.normal_(self.norm.weight)
-            nn.init.normal_(self.norm.bias)
-
-        def forward(self, x):
-            return self.norm(self.choice(x))
-
-    x, network = torch.randn(5, 1, 4, 4), Doubled()
-    traced = Program(network, [{"first": 0}, {"first": 1}], x)
-    (norm,) = [call for call in traced.calls if call.func in program.BATCH_NORM_CALLS]
+    norm = nn.BatchNorm2d(3, affine=affine, momentum=1.0)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
     values = torch.randn(2, 5, 3, 4, 4) * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1, 1) + 3
-    expected = torch.stack([network.norm(v) for v in values])
-    torch.testing.assert_close(program._batch_norms(norm, values, {}), expected)
+    found, variances = _batch_norms_together(values, norm.weight, norm.bias, norm.eps)
+    for k in range(2):
+        torch.testing.assert_close(found[k], norm(values[k]))
+        torch.testing.assert_close(variances[k], norm.running_var)
 
 
 def test_what_architectures_share_is_computed_once():
