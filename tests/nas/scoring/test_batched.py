@@ -12,6 +12,7 @@ from torch import nn
 import zero_cost
 from nas.scoring import ScoringTask, batched, score_architectures
 from nas.scoring.batched import SharedNetwork
+from nas.scoring.initialisations import score_initialisations
 from nas.scoring.program import NotTogether, Program, _batch_norms_together
 from nas.scoring.task import representative
 from search_spaces import load_space
@@ -200,3 +201,17 @@ def test_what_a_program_cannot_hold_is_scored_one_by_one():
     assert "one architecture at a time" in table.notes[0]
     expected = zero_cost.score(network_of(of, PRUNED), of.batch(0), ["nwot"])
     assert table.values[0, 0, 0] == pytest.approx(expected["nwot"], rel=1e-5)
+
+
+def test_several_initialisations_of_one_architecture_at_once():
+    of, names = task(), ["nwot", "swap", "linear-regions", "meco", "meco-opt", "l2-norm", "params", "hash-accuracy"]
+    for arch in (PRUNED, DEAD, NOTHING):
+        found = score_initialisations(of, arch, (0, 3, 4), names)
+        for seed, (values, reasons) in zip((0, 3, 4), found, strict=True):
+            expected, why = of.score(arch, seed, names)
+            assert reasons == why
+            for name in names:
+                assert values[name] == pytest.approx(expected[name], rel=1e-5, nan_ok=True), name
+                assert values[name] == expected[name] or name not in WHOLE
+    with pytest.raises(UserError, match="one forward pass"):
+        score_initialisations(of, PRUNED, (0, 1), ["grad-norm"])
