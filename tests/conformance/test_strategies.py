@@ -39,13 +39,22 @@ class TinyClasses(Tiny):
 
 
 GUIDED = ("predictor", "bananas", "npenas", "brp-nas", "weak-nas")
-LARGE = {name: {"predictor": Linear} for name in GUIDED}  # what is tested is the search, not the predictor
+
+
+def how_many_are_kept(rest):
+    """[N, 2]; a score of what is left at every position that needs no network."""
+    return np.array([[sum(map(sum, kept)), -len(kept[0])] for kept in rest], float)
+
+
+# What is tested is the search, neither the predictor nor the proxies.
+LARGE = {**{name: {"predictor": Linear} for name in GUIDED}, "te-nas": {"scores": how_many_are_kept}}
 SMALL = {  # settings that suit a space of twelve
     "regularized-evolution": {"population": 4, "tournament": 2},
     "nsga-ii": {"population": 4},
     "successive-halving": {"fidelities": (1, 3, 9), "configurations": 5},
     "hyperband": {"fidelities": (1, 3, 9)},
     "robot": {"scores": np.array, "explore": 5},
+    "te-nas": {"scores": how_many_are_kept},
     **{name: {"predictor": Linear, "initial": 4, "batch": 2} for name in GUIDED},
     "warm-start": {"scores": np.array, "count": 3, "settings": {"population": 4, "tournament": 2}},
 }
@@ -187,7 +196,7 @@ def test_bounds_come_before_the_metric(name):
 
 
 def test_defaults_are_reported_and_accepted(name):
-    settings = strategy_settings(name)
+    settings = {**strategy_settings(name), **LARGE.get(name, {})}
     strategy = make_strategy(name, LARGE_SPACE, OBJECTIVES, np.random.default_rng(0), **settings)
     assert strategy.name == name
     assert strategy.ask().id == 0
