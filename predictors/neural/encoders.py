@@ -6,8 +6,10 @@ All take a GraphBatch [S, B, n] and give [S, B, n, width]; padding neither sends
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from predictors.neural.batch import GraphBatch
@@ -41,12 +43,19 @@ class Encoder(nn.Module):
         self.final = LayerNorm(stack, width) if final else nn.Identity()
 
     def forward(self, batch: GraphBatch) -> Tensor:
-        x = self.embedding(batch.ops)
-        if self.part_embedding is not None:
-            x = x + self.part_embedding(batch.parts)
-        if self.place is not None:
-            x = x + self.place(batch.positions)
-        for layer in self.layers:
+        layers = list(self.layers)
+        plain = self.part_embedding is None and self.place is None
+        if plain and hasattr(layers[0], "from_operations"):
+            # The first block sees a handful of distinct rows: they go through its weights once.
+            first: Any = layers.pop(0)
+            x = first.from_operations(self.embedding, batch.ops, batch.adjacency, batch.mask)
+        else:
+            x = self.embedding(batch.ops)
+            if self.part_embedding is not None:
+                x = x + self.part_embedding(batch.parts)
+            if self.place is not None:
+                x = x + self.place(batch.positions)
+        for layer in layers:
             x = layer(x, batch.adjacency, batch.mask)
         return self.final(x)
 
@@ -54,6 +63,12 @@ class Encoder(nn.Module):
         """What partial fine-tuning keeps as it was pre-trained: the embeddings and the first block."""
         first = [self.embedding, self.part_embedding, self.place, self.layers[0]]
         return [module for module in first if module is not None]
+
+
+def one_hot(ops: Tensor, embedding: Embedding) -> Tensor:
+    """ops int64 [...] as float [..., rows of the embedding]."""
+    rows = torch.eye(embedding.weight.shape[1], dtype=embedding.weight.dtype, device=ops.device)
+    return F.embedding(ops, rows)
 
 
 def pooled(x: Tensor, mask: Tensor) -> Tensor:
@@ -80,13 +95,22 @@ class IsomorphismBlock(nn.Module):
         self.last = last
 
     def forward(self, x: Tensor, adjacency: Tensor, mask: Tensor) -> Tensor:
+        return self._rest(self.inner(torch.matmul(self._links(adjacency), x)), mask)
+
+    def from_operations(self, embedding: Embedding, ops: Tensor, adjacency: Tensor, mask: Tensor) -> Tensor:
+        """`forward` of embedded operations."""
+        counts = torch.matmul(self._links(adjacency), one_hot(ops, embedding))
+        return self._rest(self.inner.of_sums(counts, embedding.weight), mask)
+
+    def _links(self, adjacency: Tensor) -> Tensor:
         into = adjacency.transpose(2, 3)
         # Edges between two nodes count once, whichever way they run.
         links = into if self.directed else torch.maximum(adjacency, into)
-        links = links + torch.eye(links.shape[-1], dtype=links.dtype, device=links.device)
-        x = self.outer(torch.relu(self.inner(torch.matmul(links, x))))
-        x = self.norm(x, mask)
-        return self.dropout(x if self.last else torch.relu(x))
+        return links + torch.eye(links.shape[-1], dtype=links.dtype, device=links.device)
+
+    def _rest(self, inner: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.outer(torch.relu_(inner)), mask)
+        return self.dropout(x if self.last else torch.relu_(x))
 
 
 class DirectedIsomorphismBlock(IsomorphismBlock):
@@ -115,6 +139,12 @@ class GraphConvolutionBlock(nn.Module):
         return self.dropout((torch.relu(self.before(before)) + torch.relu(self.after(after))) / 2)
 
 
+def _both_ways(x: Tensor, adjacency: Tensor) -> Tensor:
+    """[x, sum over predecessors, sum over successors]."""
+    before, after = torch.matmul(adjacency.transpose(2, 3), x), torch.matmul(adjacency, x)
+    return torch.cat([x, before, after], 3)
+
+
 class TwoDirectionBlock(nn.Module):
     """h' = h + W relu(V [x, sum from predecessors, sum from successors]), x = LayerNorm(h): each direction has weights
     of its own, norms stand before the weights, and a residual passes by."""
@@ -127,9 +157,15 @@ class TwoDirectionBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, adjacency: Tensor, mask: Tensor) -> Tensor:
-        y = self.norm(x)
-        before, after = torch.matmul(adjacency.transpose(2, 3), y), torch.matmul(adjacency, y)
-        return x + self.dropout(self.outer(torch.relu(self.inner(torch.cat([y, before, after], 3)))))
+        return self._rest(x, self.inner(_both_ways(self.norm(x), adjacency)))
+
+    def from_operations(self, embedding: Embedding, ops: Tensor, adjacency: Tensor, mask: Tensor) -> Tensor:
+        """`forward` of embedded operations."""
+        rows = self.norm(embedding.weight)
+        return self._rest(embedding(ops), self.inner.of_sums(_both_ways(one_hot(ops, embedding), adjacency), rows))
+
+    def _rest(self, x: Tensor, inner: Tensor) -> Tensor:
+        return x + self.dropout(self.outer(torch.relu_(inner)))
 
 
 class NeighbourAttention(nn.Module):

@@ -35,12 +35,19 @@ class Linear(nn.Module):
             _uniform(self.bias, bound, generators)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        if self.bias is None:
-            result = torch.bmm(rows, self.weight)
-        else:
-            result = torch.baddbmm(self.bias, rows, self.weight)
-        return result.view(*x.shape[:-1], -1)
+        return _affine(x, self.weight, self.bias)
+
+    def of_sums(self, counts: Tensor, rows: Tensor) -> Tensor:
+        """This layer on sums of a few distinct rows [S, C, d], which go through the weights once however often they
+        occur: counts [S, ..., k C] -> [S, ..., outputs], for inputs made of k = inputs / d such sums side by side."""
+        weights = self.weight.split(rows.shape[2], 1)
+        return _affine(counts, torch.cat([torch.bmm(rows, weight) for weight in weights], 1), self.bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    result = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+    return result.view(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Module):
@@ -105,16 +112,41 @@ class MaskedBatchNorm(nn.Module):
         if not self.training:
             return torch.addcmul(self.bias, x - self.mean, self.weight * (self.variance + self.eps).rsqrt())
         stack, width = x.shape[0], x.shape[-1]
-        real = mask.reshape(stack, 1, -1)
+        real = mask.reshape(stack, 1, -1).to(x.dtype)
         count = real.sum(2, keepdim=True).clamp(min=1)
-        mean = (torch.bmm(real, x.reshape(stack, -1, width)) / count).unsqueeze(2)
-        centred = x - mean
-        variance = (torch.bmm(real, centred.square().reshape(stack, -1, width)) / count).unsqueeze(2)
+        result, mean, variance = _Normalise.apply(
+            x.reshape(stack, -1, width), real, count, self.weight[:, 0], self.bias[:, 0], self.eps
+        )
         with torch.no_grad():
-            unbiased = variance * (count / (count - 1).clamp(min=1)).unsqueeze(2)
-            self.mean.lerp_(mean, self.momentum)
-            self.variance.lerp_(unbiased, self.momentum)
-        return torch.addcmul(self.bias, centred, self.weight * (variance + self.eps).rsqrt())
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.mean.lerp_(mean.unsqueeze(2), self.momentum)
+            self.variance.lerp_(unbiased.unsqueeze(2), self.momentum)
+        return result.view_as(x)
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm of rows x [S, M, d] by the mean and variance of the real ones, real [S, 1, M] (1 or 0), count
+    [S, 1, 1]; gives the statistics too. Its backward takes the fewest passes over x, which decide the time."""
+
+    @staticmethod
+    def forward(ctx, x, real, count, weight, bias, eps):
+        mean = torch.bmm(real, x) / count
+        centred = x - mean
+        variance = torch.bmm(real, centred.square()) / count
+        root = (variance + eps).rsqrt()
+        ctx.save_for_backward(centred, real, count, weight, root)
+        ctx.mark_non_differentiable(mean, variance)
+        return torch.addcmul(bias, centred, weight * root), mean, variance
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        centred, real, count, weight, root = ctx.saved_tensors
+        ones = torch.ones_like(real)
+        total, along = torch.bmm(ones, grad), torch.bmm(ones, grad * centred)
+        scale = weight * root
+        shift = torch.addcmul(scale * total, centred, scale * root.square() * along)
+        back = torch.addcmul(grad * scale, shift, real.transpose(1, 2) / count, value=-1)
+        return back, None, None, along * root, total, None
 
 
 class Dropout(nn.Module):

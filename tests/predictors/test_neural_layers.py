@@ -83,6 +83,27 @@ def test_batch_norm_is_torchs_on_the_real_nodes_alone():
         )
 
 
+def test_gradients_of_batch_norm_against_finite_differences():
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    mask = (torch.rand(2, 3, 4) < 0.7).double()
+    norm = layers.MaskedBatchNorm(2, 5).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, mask))
+
+    assert torch.autograd.gradcheck(run, (x, norm.weight, norm.bias))
+
+
+def test_linear_of_sums_of_few_rows():
+    linear = drawn(layers.Linear(STACK, 2 * WIDTH, 5))
+    rows, counts = torch.randn(STACK, 4, WIDTH), torch.randint(0, 3, (STACK, 6, 7, 8)).float()
+    sums = torch.cat([torch.einsum("sbnc,scd->sbnd", part, rows) for part in counts.split(4, 3)], 3)
+    torch.testing.assert_close(linear.of_sums(counts, rows), linear(sums), rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_of_a_member_does_not_depend_on_the_others():
     x = torch.ones(STACK, 50, 40)
     stacked, alone = layers.Dropout(0.3), layers.Dropout(0.3)
