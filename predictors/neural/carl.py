@@ -29,7 +29,8 @@ class CausalSettings(NeuralSettings):
     weight `intervention_weight`, and `invariance_weight` within it for the variance over them. split: learned or
     random (the ablation: noise in training, everything .5 in prediction). redundancy: what redundant parts must not
     tell: `mean`, their own head is drawn to the mean label, or `reversal`, it learns the labels and its gradient is
-    turned; with weight `redundancy_weight`. size: the mean critical probability that `size_weight` draws to.
+    turned; with weight `redundancy_weight`. size: the mean critical probability, of nodes and of edges each, that
+    `size_weight` draws to.
     """
 
     encoder: str = "gcn"
@@ -40,7 +41,7 @@ class CausalSettings(NeuralSettings):
     redundancy: str = "mean"
     redundancy_weight: float = 0.3
     size: float = 0.6
-    size_weight: float = 0.1
+    size_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,5 +111,6 @@ class CausalPredictor(NeuralPredictor):
         model: CausalNetwork = self._model  # type: ignore[assignment]
         device = next(model.parameters()).device
         batch = self._tensors(table, np.zeros((len(table), 0))).to(device).stacked(self.settings.members)
-        nodes, edges = model.eval().split(model.encoder(batch), batch, TEMPERATURE[1])
+        scores = model.eval().scores(model.encoder(batch), batch)
+        nodes, edges = model.probabilities(scores, batch, TEMPERATURE[1])
         return nodes.mean(0).cpu().numpy(), edges.mean(0).cpu().numpy()

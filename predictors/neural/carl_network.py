@@ -86,19 +86,23 @@ class CausalNetwork(nn.Module):
 
     def forward(self, batch: GraphBatch) -> Tensor:
         h = self.encoder(batch)
-        nodes, edges = self.split(h, batch, TEMPERATURE[1])
+        nodes, edges = self.probabilities(self.scores(h, batch), batch, TEMPERATURE[1])
         return self.score(self.view(self.critical, h, batch, nodes, edges), batch.columns)
 
-    def split(self, h: Tensor, batch: GraphBatch, temperature: float, noise: bool = False) -> tuple[Tensor, Tensor]:
-        """Critical probabilities of nodes [S, B, n] and edges [S, B, n, n], 0 where there is neither.
-
-        noise: of the concrete distribution (Maddison, Mnih and Teh, ICLR 2017), from the members' generators. With
-        the split `random` the scores are 0: only noise decides in training, everything is .5 else.
-        """
+    def scores(self, h: Tensor, batch: GraphBatch) -> tuple[Tensor, Tensor]:
+        """How critical nodes [S, B, n] and edges [S, B, n, n] are, as log-odds; 0 with the split `random`."""
         if self.causes.split == "random":
-            nodes, edges = torch.zeros_like(batch.mask), torch.zeros_like(batch.adjacency)
-        else:
-            nodes, edges = self.node_score(h).squeeze(3), self.edge_score(h, batch.adjacency)
+            return torch.zeros_like(batch.mask), torch.zeros_like(batch.adjacency)
+        return self.node_score(h).squeeze(3), self.edge_score(h, batch.adjacency)
+
+    def probabilities(
+        self, scores: tuple[Tensor, Tensor], batch: GraphBatch, temperature: float, noise: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Critical probabilities of nodes and edges, 0 where there is neither.
+
+        noise: of the concrete distribution (Maddison, Mnih and Teh, ICLR 2017), from the members' generators.
+        """
+        nodes, edges = scores
         if noise:
             nodes, edges = nodes + self._logistic(nodes), edges + self._logistic(edges)
         return (
@@ -138,15 +142,16 @@ class CausalNetwork(nn.Module):
         c = self.causes
         h = self.encoder(batch)
         temperature = TEMPERATURE[0] + (TEMPERATURE[1] - TEMPERATURE[0]) * share
-        nodes, edges = self.split(h, batch, temperature, noise=True)
+        scores = self.scores(h, batch)
+        nodes, edges = self.probabilities(scores, batch, temperature, noise=True)
         critical = self.view(self.critical, h, batch, nodes, edges)
         value = loss(self.score(critical, batch.columns), targets)
         redundant = self.view(self.redundant, h, batch, batch.mask - nodes, batch.adjacency - edges)
         if c.interventions and targets.shape[1] > 1:
-            scores = self.intervened(critical, redundant, batch.columns, c.interventions)
-            count = scores.shape[1]
-            ranked = loss(scores.flatten(0, 1), targets.repeat_interleave(count, 0)).view(-1, count).mean(1)
-            moved = scores.var(1, unbiased=False).mean(1)
+            mixed = self.intervened(critical, redundant, batch.columns, c.interventions)
+            count = mixed.shape[1]
+            ranked = loss(mixed.flatten(0, 1), targets.repeat_interleave(count, 0)).view(-1, count).mean(1)
+            moved = mixed.var(1, unbiased=False).mean(1)
             value = value + c.intervention_weight * (ranked + c.invariance_weight * moved)
         if c.redundancy_weight:
             if c.redundancy == "reversal":
@@ -156,7 +161,11 @@ class CausalNetwork(nn.Module):
                 guess = self.redundant_head(redundant).squeeze(2)
                 told = (guess - targets.mean(1, keepdim=True)).square().mean(1)
             value = value + c.redundancy_weight * told
-        # Each kind on its own: together, all nodes and no edge would satisfy it.
-        kept_nodes = nodes.sum((1, 2)) / batch.mask.sum((1, 2))
-        kept_edges = edges.sum((1, 2, 3)) / batch.adjacency.sum((1, 2, 3)).clamp(min=1)
-        return value + c.size_weight * ((kept_nodes - c.size).abs() + (kept_edges - c.size).abs())
+        return value + c.size_weight * self._excess(self.probabilities(scores, batch, temperature), batch)
+
+    def _excess(self, found: tuple[Tensor, Tensor], batch: GraphBatch) -> Tensor:
+        """[S]: how far the mean probabilities are from `size`, each kind on its own: together, all nodes and no edge
+        would do. Without noise, which draws means to a half."""
+        nodes = found[0].sum((1, 2)) / batch.mask.sum((1, 2))
+        edges = found[1].sum((1, 2, 3)) / batch.adjacency.sum((1, 2, 3)).clamp(min=1)
+        return (nodes - self.causes.size).abs() + (edges - self.causes.size).abs()
