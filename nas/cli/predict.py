@@ -271,3 +271,75 @@ def rank(
             "ranking": ranking,
         }
     )
+
+
+@app.command()
+def explain(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A predictor's folder.")],
+    arch: Annotated[str, typer.Option("--arch", help="An architecture in the space's notation.")],
+    out: Annotated[Path, typer.Option("--out", help="Write the drawing to this .svg file.")],
+    space: Annotated[str | None, typer.Option(help="A space's name (default: that of the predictor).")] = None,
+    method: Annotated[
+        str, typer.Option(help="critical (what CARL learned), ablation (any predictor), or auto.")
+    ] = "auto",
+    json: options.Json = False,
+) -> None:
+    """Draw what a predictor's value of an architecture rests on: importance of operations and edges as colour."""
+    from nas.prediction.ranking import load_for
+    from predictors.explain import draw_explanation, removable
+    from predictors.explain import explain as explain_graph
+    from predictors.registry import load_predictor
+    from search_spaces.common.files import atomic_write
+    from search_spaces.registry import load_space
+
+    output = Output("predict explain", json)
+    if out.suffix.lower() != ".svg":
+        raise UserError(str(out), "a file that ends in .svg", str(out.with_suffix(".svg")))
+    found_space = load_space(load_predictor(folder).space_name if space is None else space)
+    predictor = load_for(folder, found_space)
+    decoded = found_space.decode(arch)
+    graph, text = found_space.graph(decoded), found_space.encode(decoded)
+    found = explain_graph(predictor, graph, method)
+    with atomic_write(out) as file:
+        file.write(draw_explanation(graph, found, title=text, note=f"by {predictor.kind}"))
+    nodes = {i: float(found.nodes[i]) for i in removable(graph)}
+    rows = [[f"{i}: {graph.ops[i]}", v] for i, v in sorted(nodes.items(), key=lambda item: -abs(item[1]))]
+    output.table(["operation", "importance"], rows, title=f"{text}: {found.prediction:.3f} by {predictor.kind}")
+    output.pairs({"method": found.method, "drawing": str(out)})
+    output.finish(
+        {
+            "predictor": predictor.kind,
+            "arch": text,
+            "method": found.method,
+            "prediction": found.prediction,
+            "nodes": [
+                {"node": i, "operation": op, "importance": float(found.nodes[i])} for i, op in enumerate(graph.ops)
+            ],
+            "edges": [{"from": i, "to": j, "importance": v} for (i, j), v in found.edges.items()],
+            "drawing": str(out),
+        }
+    )
+
+
+@app.command()
+def curves(
+    benchmark: Benchmark,
+    window: Annotated[int, typer.Option(help="Epochs whose training losses are summed.")] = 1,
+    target: Target = None,
+    json: options.Json = False,
+) -> None:
+    """How well partial trainings rank a benchmark that has learning curves: early stopping, sum of training losses."""
+    from benchmarks.registry import open_table
+    from nas.prediction.curves import evaluate_curves
+    from nas.prediction.report import COLUMNS
+
+    output = Output("predict curves", json)
+    table = open_table(benchmark)
+    found, kind, notes = evaluate_curves(table, window=window, target=target)
+    for note in notes:
+        output.warn(note)
+    columns = [key for key in SHOWN if key in found[0].statistics]
+    rows = [[r.method, r.epochs, *(r.statistics[key] for key in columns), r.rows] for r in found]
+    headings = ["method", "epochs", *(COLUMNS[key] for key in columns), "rows"]
+    output.table(headings, rows, title=f"{table.id}: partial trainings against {kind}")
+    output.finish({"benchmark": table.id, "target": kind, "results": [r.as_json() for r in found]})
