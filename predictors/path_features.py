@@ -57,6 +57,7 @@ def operation_subsets(vocabulary: tuple[str, ...]) -> list[tuple[str, ...]]:
 def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
     flow = Flow(table)
     inside, outside = flow.inside, flow.outside
+    nothing = np.zeros(len(table), np.float32)  # where no graph has an edge
     yield "live_nodes", total(flow.inner)
     yield "live_edges", total(inside)
     yield "output_degree", flow.at_output(inside)
@@ -102,7 +103,7 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         yield f"into_output[{label}]", flow.at_output(_inflow(flow, chosen))
         yield (
             f"out_of_input[{label}]",
-            total([number * 0, *(e & chosen[j] for (i, j), e in flow.edges.items() if i == 0)]),
+            total([nothing, *(e & chosen[j] for (i, j), e in flow.edges.items() if i == 0)]),
         )
         yield f"mean_in[{label}]", _over(chosen, inside) / some
         yield f"mean_out[{label}]", _over(chosen, outside) / some
@@ -113,11 +114,11 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         steps = {(i, j): leaves[i] & enters[j] for i, j in flow.edges}
         yield (
             f"step_out[{source}>{target}]",
-            total(steps[i, j] * walk_out[i] * flow.leaving[i, j] for i, j in flow.edges),
+            total([nothing, *(steps[i, j] * walk_out[i] * flow.leaving[i, j] for i, j in flow.edges)]),
         )
         yield (
             f"step_back[{source}>{target}]",
-            total(steps[i, j] * walk_back[j] * flow.entering[i, j] for i, j in flow.edges),
+            total([nothing, *(steps[i, j] * walk_back[j] * flow.entering[i, j] for i, j in flow.edges)]),
         )
 
 
