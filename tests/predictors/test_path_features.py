@@ -32,8 +32,8 @@ def by_enumeration(graph: networkx.DiGraph, vocabulary: tuple[str, ...], source:
     kinds = [op for op in vocabulary if op not in ("input", "output", "none")]
     open_nodes = [v for v in graph if operation[v] != "none"]
     carrying = graph.subgraph(open_nodes)
-    live = carrying.subgraph((networkx.descendants(carrying, source) & networkx.ancestors(carrying, target)))
-    live = carrying.subgraph({*live, source, target})
+    through = networkx.descendants(carrying, source) & networkx.ancestors(carrying, target)
+    live = carrying.subgraph({*through, source, target}).copy()
     inner = [v for v in live if v not in (source, target)]
     paths = list(networkx.all_simple_paths(live, source, target))
     forward = [np.prod([1 / live.out_degree(v) for v in path[:-1]]) for path in paths]
@@ -79,9 +79,9 @@ def by_enumeration(graph: networkx.DiGraph, vocabulary: tuple[str, ...], source:
         found[f"walk_to_output[{op}]"] = expected(backward, passed)
     for subset in operation_subsets(vocabulary):
         label = "+".join(subset)
-        at = {v for v in inner if operation[v] in subset}
-        passed = [len(set(path) & at) for path in paths]
-        pure = [set(path[1:-1]) <= at for path in paths]
+        at = [v for v in inner if operation[v] in subset]
+        passed = [len(set(path) & set(at)) for path in paths]
+        pure = [set(path[1:-1]) <= set(at) for path in paths]
         found[f"live[{label}]"] = len(at)
         found[f"shortest[{label}]"] = 1 / min((n for n, p in zip(lengths, pure, strict=True) if p), default=np.inf)
         found[f"most_on_path[{label}]"] = max(passed, default=0)
@@ -121,7 +121,7 @@ def assert_columns(rows, names, expected):
 @pytest.mark.parametrize("name", ["nas-bench-101", "nas-bench-201", "random"])
 def test_every_column_equals_enumeration_of_paths(name, rng):
     if name == "random":
-        vocabulary = VOCABULARY
+        vocabulary: tuple[str, ...] = VOCABULARY
         graphs = [random_graph(rng, nodes) for nodes in (4, 6, 8) for _ in range(12)]
         graphs.append(OpGraph(("input", "none", "output"), np.triu(np.ones((3, 3), bool), 2)))  # one edge, no nodes
     else:
@@ -141,7 +141,7 @@ def test_cells_of_darts_have_columns_of_their_own(rng):
     expected = []
     for graph in graphs:
         drawn = graph.to_networkx()
-        wanted = {}
+        wanted: dict[str, float] = {}
         for cell in ("normal", "reduce"):
             nodes = [v for v, part in drawn.nodes(data="part") if part in (cell, "both")]
             columns = by_enumeration(drawn.subgraph(nodes), space.vocabulary, 0, len(graph) - 1)
