@@ -25,7 +25,7 @@ def compiler() -> str | None:
 
 
 COMPILER = compiler()
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting is newer than 2.6
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting is newer than 2.6
 
 
 def obstacle() -> str:
@@ -71,7 +71,7 @@ def by_operator(x: Tensor, backend: str) -> bool:
         wanted = x.dtype in FLOATS
     else:
         wanted = backend in ("auto", "triton") and by_kernels(x)
-    return wanted and not _exporting() and not torch.jit.is_tracing()
+    return wanted and not exporting() and not torch.jit.is_tracing()
 
 
 def recomputing() -> bool:

@@ -19,6 +19,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from kernels.autodiff import Derivative, differentiate
 from kernels.backend import by_kernels
+from kernels.handwritten.launch import strides_of
 from kernels.nodes import Unsupported, shape_of
 from kernels.program import Builder, Program, parse
 from kernels.reference import execute, from_program, to_program
@@ -73,17 +74,6 @@ def backward_program(text: str, wrt: str, wanted: str) -> Program:
 # -- execution ---------------------------------------------------------------------------------------------------
 
 
-def strides_for(x: Tensor) -> tuple[int, ...]:
-    """The strides of a result for `x`: channels innermost if they are so in x, otherwise contiguous."""
-    if x.is_contiguous() or (x.dim() >= 3 and x.movedim(1, -1).is_contiguous()):
-        return x.stride()
-    strides, step = [], 1
-    for size in reversed(x.shape):
-        strides.append(step)
-        step = step * size
-    return tuple(reversed(strides))
-
-
 def _run(
     program: Program, x: Tensor, inputs: dict[str, Tensor], layout: str, flat: bool, groups: int, reference: bool
 ) -> list[Tensor]:
@@ -101,7 +91,7 @@ def _run(
     outputs = []
     for name, value in found.items():
         if name in ("y", "dx"):
-            value, strides = from_program(value, x.shape, layout, flat), strides_for(x)
+            value, strides = from_program(value, x.shape, layout, flat), strides_of(x)
             if value.stride() != strides or value.untyped_storage().data_ptr() in taken:
                 value = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(value)
         elif by_torch:  # values of the reference may be views of each other
@@ -139,7 +129,7 @@ def _fake(program: Program, x: Tensor, layout: str, flat: bool, groups: int) -> 
     found = []
     for name, at in program.outputs:
         if name in ("y", "dx"):
-            found.append(x.new_empty_strided(x.shape, strides_for(x)))
+            found.append(x.new_empty_strided(x.shape, strides_of(x)))
         else:
             space = program.spaces[at]
             found.append(x.new_empty(shape_of(space, n, groups, channels // groups, s), dtype=wide))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels import cache
+from kernels.backend import FLOATS
 from kernels.emit import HEADER, VERSION
 from kernels.nodes import FULL, REDUCTIONS, G, K, N, S, Unsupported, parse_axes, shape_of
 from kernels.program import Program
@@ -26,7 +27,6 @@ from kernels.schedule import PROCESSORS, Plan, Shape, plan
 from kernels.stages import Stages, Tile
 from search_spaces.common.errors import UserError
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_PROCESSORS = 2  # programs run one after another in the interpreter
 REMEMBERED = 4096  # compiled programs, and modules with their source
 
@@ -41,17 +41,17 @@ def run(
 ) -> dict[str, Tensor]:
     """The outputs of a program by name.
 
-    inputs: as for `kernels.reference.execute`: `x` and `dy` [N, C, S] of one of DTYPES, positions or channels with
-    the unit stride (others are copied), everything else of its space's shape, in any floating type. The outputs of
-    all axes have the type and layout of x, others are float32; none shares memory with another. schedule,
+    inputs: as for `kernels.reference.execute`: `x` and `dy` [N, C, S] of one type of `backend.FLOATS`, positions or
+    channels with the unit stride (others are copied), everything else of its space's shape, in any floating type. The
+    outputs of all axes have the type and layout of x, others are float32; none shares memory with another. schedule,
     tile: as for `kernels.schedule.plan`. Errors: UserError for inputs that do not fit, Unsupported for what kernels
     cannot run.
     """
     x = inputs.get("x")
     if x is None or x.ndim != 3 or x.layout != torch.strided or x.is_quantized:
         raise UserError("x" if x is None else f"x {tuple(x.shape)} {x.layout}", "a dense tensor x [N, C, S]")
-    if x.dtype not in DTYPES:
-        raise Unsupported(str(x.dtype), f"an input of type {', '.join(str(dtype) for dtype in DTYPES)}")
+    if x.dtype not in FLOATS:
+        raise Unsupported(str(x.dtype), f"an input of type {', '.join(str(dtype) for dtype in FLOATS)}")
     if not x.is_cuda and not (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise Unsupported(str(x.device), "a CUDA device, or the CPU under TRITON_INTERPRET=1")
     if x.numel() == 0:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import exporting
 from kernels.handwritten import operators  # registers them
 from kernels.handwritten.activations import ACTIVATIONS, activation
 from search_spaces.common.errors import UserError
 
 _operators = torch.ops.nasforge
-_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting is newer than 2.6
 
 
 def _check(x: Tensor, dimensions: int, **parameters: tuple[Tensor | None, int]) -> None:
@@ -41,7 +41,7 @@ def _row_norm(x, weight, bias, residual, centred, eps, act, alpha):
     act, alpha = activation(act, alpha)
     _check(x, 1, weight=(weight, x.shape[-1]), bias=(bias, x.shape[-1]))
     residual = _same_shape("residual", residual, x)
-    if _exporting():
+    if exporting():
         h = x if residual is None else x + residual
         if centred:
             z = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
@@ -116,7 +116,7 @@ def batch_norm_act(
     count = x.numel() // max(x.shape[1], 1)
     if training and count <= 1:
         raise UserError(list(x.shape), "more than one value per channel in training")
-    if _exporting():
+    if exporting():
         z = F.batch_norm(x, running_mean, running_var, weight, bias, of_batch, momentum, eps)
         z = z if residual is None else z + residual
         return ACTIVATIONS[act].forward(z, alpha)
@@ -156,7 +156,7 @@ def group_norm_act(
         fitting = max(count for count in range(1, max(groups, 1) + 1) if x.shape[1] % count == 0)
         raise UserError(groups, f"a number of groups that divides {x.shape[1]} channels", str(fitting))
     residual = _same_shape("residual", residual, x)
-    if _exporting():
+    if exporting():
         z = F.group_norm(x, groups, weight, bias, eps)
         z = z if residual is None else z + residual
         return ACTIVATIONS[act].forward(z, alpha)
@@ -177,7 +177,7 @@ def gated(
     dim = dim % x.dim()
     if value is None and x.shape[dim] % 2:
         raise UserError(x.shape[dim], "an even size, gate and value", str(x.shape[dim] + 1))
-    if _exporting():
+    if exporting():
         gate, value = x.chunk(2, dim) if value is None else (x, value)
         return ACTIVATIONS[act].forward(gate, alpha) * value
     return _operators.gated(x, value, dim, act, alpha)
@@ -201,7 +201,7 @@ def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, *, value: Tensor | None =
     """
     _check(x, 1, weight=(weight, 3), bias=(bias, 1))
     value = _same_shape("value", value, x)
-    if _exporting():
+    if exporting():
         powers = torch.stack((x * x * x, x * x, x))
         powers = powers * torch.rsqrt(powers.square().mean(-1, keepdim=True) + eps)
         y = weight[0] * powers[0] + weight[1] * powers[1] + weight[2] * powers[2] + bias

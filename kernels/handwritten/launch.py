@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import os
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what kernels read and write; others take the eager path
+from kernels.backend import by_kernels
+
 INTERPRETED_PROGRAMS = 4  # persistent programs in the interpreter, which runs them one after another
 LARGEST_SAMPLE = 2**31  # offsets inside a sample are 32-bit
-
-
-@functools.cache
-def have_triton() -> bool:
-    """Whether Triton is installed; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def mode(x: Tensor) -> str:
     """`triton` on CUDA, `interpret` on the CPU under TRITON_INTERPRET=1, `eager` otherwise.
 
-    Eager: without Triton, for float64 and other types than float32, float16 and bfloat16, for empty tensors, and for
-    2^31 or more samples, or elements in one.
+    Eager: where no kernel runs (`kernels.backend`), for float64 and other types than float32, float16 and bfloat16, for
+    empty tensors, and for 2^31 or more samples, or elements in one.
     """
-    if not have_triton() or x.dtype not in FLOATS or x.numel() == 0:
+    if not by_kernels(x) or x.numel() == 0:
         return "eager"
     if max(x.shape[0], x.numel() // x.shape[0]) >= LARGEST_SAMPLE:
         return "eager"
-    if x.is_cuda:
-        return "triton"
-    return "interpret" if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" else "eager"
+    return "triton" if x.is_cuda else "interpret"
 
 
 def kernels(name: str) -> ModuleType:
