@@ -28,6 +28,9 @@ PREDICTORS = {
     "nn-former": "predictors.neural.cap:NnFormer",
     "two-direction": "predictors.neural.cap:TwoDirection",
     "path-mlp": "predictors.neural.path_ensemble:PathEnsemble",
+    "brp-nas": "predictors.neural.pair_classifier:PairClassifier",
+    "parzc": "predictors.neural.parzc:Parzc",
+    "semi-nas": "predictors.neural.semi_supervised:SemiSupervised",
 }
 
 
