@@ -79,7 +79,7 @@ class LearnedPredictor(abc.ABC, Generic[S]):
                 sorted(extra or {}), f"the extra columns it was fitted with ({', '.join(self.extra_names)})"
             )
         named = {name: (extra or {})[name] for name in self.extra_names}
-        mean, std = self._predict(table, self._columns(named, len(table)), return_std)
+        mean, std = self._predict(table, self._columns(named, len(table), self._data[2]), return_std)
         return (mean, std) if return_std else mean
 
     @property
@@ -102,15 +102,19 @@ class LearnedPredictor(abc.ABC, Generic[S]):
     def _predict(self, table: GraphTable, extra: np.ndarray, std: bool) -> tuple[np.ndarray, np.ndarray]:
         """([N], [N]); the second is read only where `std`, NaN where there is none."""
 
-    def _columns(self, extra: Mapping[str, np.ndarray] | None, count: int) -> np.ndarray:
-        """float64 [count, E]; what is not finite becomes the column's lowest finite value (the worst rank)."""
+    def _columns(
+        self, extra: Mapping[str, np.ndarray] | None, count: int, fitted: np.ndarray | None = None
+    ) -> np.ndarray:
+        """float64 [count, E]; what is not finite becomes the column's lowest finite value among the labelled graphs
+        (`fitted`, when predicting: a prediction must not depend on the others asked for)."""
         columns = []
-        for name, values in (extra or {}).items():
+        for place, (name, values) in enumerate((extra or {}).items()):
             column = np.asarray(values, np.float64)
             if column.shape != (count,):
                 raise UserError(column.shape, f"one value of {name!r} for each of the {count} graphs")
             finite = np.isfinite(column)
-            columns.append(np.where(finite, column, column[finite].min() if finite.any() else 0.0))
+            known = column[finite] if fitted is None else fitted[:, place]
+            columns.append(np.where(finite, column, known.min() if len(known) else 0.0))
         return np.stack(columns, 1) if columns else np.zeros((count, 0))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -144,6 +148,7 @@ class LearnedPredictor(abc.ABC, Generic[S]):
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """The predictor that `save` wrote. Errors: UserError for another kind, a newer format or a broken file."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         header = read_header(folder)
@@ -151,7 +156,11 @@ class LearnedPredictor(abc.ABC, Generic[S]):
             raise UserError(header["kind"], f"a saved predictor of kind {cls.kind}")
         predictor = cls(header["space"], tuple(header["vocabulary"]), settings_of(cls.Settings, header["settings"]))
         predictor.extra_names = tuple(header["extra"])
-        arrays = load_file(Path(folder) / "predictor.safetensors")
+        path = Path(folder) / "predictor.safetensors"
+        try:
+            arrays = load_file(path)
+        except (FileNotFoundError, SafetensorError):
+            raise UserError(str(path), "the arrays that saving a predictor writes") from None
         ops, adjacency, mask, parts = (arrays.pop(f"data.{name}") for name in ("ops", "adjacency", "mask", "parts"))
         table = GraphTable(predictor.vocabulary, ops, adjacency, mask, parts, tuple(header["part_names"]))
         predictor._data = (table, arrays.pop("data.y"), arrays.pop("data.extra"), int(header["seed"]))
@@ -175,12 +184,15 @@ def read_header(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         written = int(header["format"])
+        missing = {"kind", "space", "vocabulary", "extra", "part_names", "seed", "settings"} - set(header)
     except FileNotFoundError:
         raise UserError(str(folder), "a folder with a saved predictor (predictor.json)") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(str(path), "the header that saving a predictor writes") from None
     if written > FORMAT:
         raise UserError(written, f"a saved predictor of format {FORMAT} or older; a newer nasforge wrote this one")
+    if missing:
+        raise UserError(str(path), "the header that saving a predictor writes")
     return header
 
 
