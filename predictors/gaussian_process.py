@@ -8,6 +8,9 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
+from search_spaces.common.names import match
+
+KERNELS = ("rbf", "matern-5/2")
 CHUNK = 8192  # rows predicted at a time
 LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # starts of the length scale, in units of the median distance
 
@@ -50,7 +53,11 @@ def correlation(kernel: str, distance: np.ndarray) -> np.ndarray:
 
 def fit_process(inputs: np.ndarray, targets: np.ndarray, *, kernel: str = "rbf") -> Process:
     """The process with the highest marginal likelihood over length, amplitude and noise (equation 5.8 there), found by
-    L-BFGS from the best of several lengths. inputs: [N, F], standardised; targets: [N], zero mean."""
+    L-BFGS from the best of several lengths. inputs: [N, F], standardised; targets: [N], zero mean.
+
+    Errors: UserError for an unknown kernel.
+    """
+    kernel = match(kernel, KERNELS, "a kernel")
     distance = _distances(inputs, inputs)
     typical = float(np.median(distance[np.triu_indices(len(inputs), 1)])) or 1.0
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from predictors.graphs import GraphTable
 from search_spaces.common.errors import UserError
+from search_spaces.common.names import match
 from zero_cost.correlation import average_ranks
 
 LEAST_LABELS = 3
@@ -58,8 +59,9 @@ def scaled(y: np.ndarray, target: Target) -> np.ndarray:
 
     Accuracies are heavy-tailed (networks that did not train), and normal scores keep these from deciding a fit.
     Blom, Statistical Estimates and Transformed Beta-Variables, 1958, with the offset of Hazen.
+    Errors: UserError for another target.
     """
-    if target == "z-score":
+    if match(target, get_args(Target), "a scale of targets") == "z-score":
         return (y - y.mean()) / max(y.std(), 1e-12)
     from scipy.special import ndtri
 
