@@ -13,6 +13,8 @@ from predictors.gaussian_process import Process, fit_process
 from predictors.graphs import GraphTable
 from predictors.labels import Target, scaled
 
+CHUNK = 8192  # graphs predicted at a time: the features of a whole space need not fit into memory
+
 
 class FeaturePredictor(LearnedPredictor):
     """Base of predictors that learn from rows of features; settings name the sets (`features`) and the `target`."""
@@ -20,11 +22,16 @@ class FeaturePredictor(LearnedPredictor):
     def _fit(self, table, y, extra, unlabelled, rng) -> None:
         self._prepare(table)
         rows = self._rows(table, extra)
-        self._standardizer = Standardizer(rows)
+        self._standardizer = self._scaler(rows)
         self._learn(self._standardizer(rows), scaled(y, self.settings.target), rng)
 
     def _predict(self, table, extra, std) -> tuple[np.ndarray, np.ndarray]:
-        return self._infer(self._standardizer(self._rows(table, extra)), std)
+        found = []
+        for start in range(0, len(table), CHUNK):
+            rows = np.arange(start, min(start + CHUNK, len(table)))
+            found.append(self._infer(self._standardizer(self._rows(table.take(rows), extra[rows])), std))
+        mean, deviation = zip(*found, strict=True)
+        return np.concatenate(mean), np.concatenate(deviation)
 
     def _prepare(self, table: GraphTable) -> None:
         """Note what the columns depend on in the training graphs."""
@@ -32,6 +39,9 @@ class FeaturePredictor(LearnedPredictor):
 
     def _rows(self, table: GraphTable, extra: np.ndarray) -> np.ndarray:
         return np.concatenate([feature_matrix(table, self.settings.features, self._parts, self._nodes), extra], 1)
+
+    def _scaler(self, rows: np.ndarray) -> Standardizer:
+        return Standardizer(rows)
 
     def _learn(self, rows: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> None:
         raise NotImplementedError
@@ -125,3 +135,11 @@ class WeisfeilerLehman(GaussianProcess):
     def _rows(self, table: GraphTable, extra: np.ndarray) -> np.ndarray:
         rows = self._colours.rows(table)
         return np.concatenate([rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12), extra], 1)
+
+    def _scaler(self, rows: np.ndarray) -> Standardizer:
+        """Counts stay at unit length; the extra columns, standardised, weigh as much together."""
+        scaler = Standardizer(rows)
+        counts = np.flatnonzero(scaler.kept) < len(self._colours.colours)
+        scaler.mean[counts], scaler.deviation[counts] = 0, 1
+        scaler.deviation[~counts] *= np.sqrt((~counts).sum())
+        return scaler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 
@@ -12,10 +13,11 @@ MIX = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's bits, as in Knuth's mu
 
 
 def node_colours(table: GraphTable, rounds: int) -> list[np.ndarray]:
-    """`rounds` + 1 arrays uint64 [N, n]: a node's operation, then with each round its colour together with the sets of
-    colours before and behind it (Shervashidze et al., Weisfeiler-Lehman Graph Kernels, JMLR 2011, section 3, for
-    directed graphs). Colours are 64-bit hashes: those of different neighbourhoods differ but for a chance of 2^-64."""
-    colours = [np.where(table.mask, _scramble(table.ops.astype(np.uint64) + np.uint64(1)), np.uint64(0))]
+    """`rounds` + 1 arrays uint64 [N, n]: a node's operation and cell, then with each round its colour together with the
+    sets of colours before and behind it (Shervashidze et al., Weisfeiler-Lehman Graph Kernels, JMLR 2011, section 3,
+    for directed graphs). Colours are 64-bit hashes: different ones coincide with a chance of 2^-64 alone."""
+    cells = np.array([_number(name) for name in table.part_names])[table.parts]
+    colours = [np.where(table.mask, _scramble(table.ops.astype(np.uint64) + cells), np.uint64(0))]
     for _ in range(rounds):
         now = colours[-1]
         spread = _scramble(now) * table.mask  # a sum of scrambled colours names the multiset
@@ -48,6 +50,11 @@ class ColourCounts:
             known = table.mask & (self.colours[place] == colours)
             np.add.at(counts, (graph[known], place[known]), 1)
         return counts
+
+
+def _number(name: str) -> np.uint64:
+    """A number that the name alone decides: tables number their cells each in its own way."""
+    return np.uint64(int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little"))
 
 
 def _scramble(values: np.ndarray) -> np.ndarray:
