@@ -171,12 +171,13 @@ SEQUENTIAL = ("#f1eef6", "#d7b5d8", "#df65b0", "#ce1256")  # from 0 to 1
 DIVERGING = ("#b35806", "#f1a340", "#fee0b6", "#f3f4f6", "#d8daeb", "#998ec3", "#542788")  # hurts, nothing, supports
 THIN = "#d5dae0"  # edges without importance stay visible on white
 LEGEND = 62.0
+CODE = 6.7  # width of a character of the title
 
 
 def draw_explanation(graph: OpGraph, found: Explanation, *, title: str | None = None, note: str | None = None) -> str:
     """`draw_graph` with importance as colour, written below the operations, and a legend; one SVG element.
 
-    note: a line in the legend, such as the predictor's name.
+    title: the architecture's notation, written small above. note: ends the legend's line, such as the predictor's name.
     """
     ablation = found.method == "ablation"
     inner = [i for i, op in enumerate(graph.ops) if op not in ENDS]
@@ -195,7 +196,6 @@ def draw_explanation(graph: OpGraph, found: Explanation, *, title: str | None = 
 
     drawing = draw_graph(
         graph,
-        title=title,
         node_colors={i: color(float(found.nodes[i]), DIVERGING[3] if ablation else SEQUENTIAL[0]) for i in coloured},
         edge_colors={edge: color(value, THIN) for edge, value in found.edges.items()},
         node_labels={i: f"{operation_label(graph.ops[i])}\n{number(float(found.nodes[i]))}" for i in coloured},
@@ -204,27 +204,38 @@ def draw_explanation(graph: OpGraph, found: Explanation, *, title: str | None = 
     ends = (number(-scale), number(scale)) if ablation else ("0", "1")
     what = "fall of the prediction without it" if ablation else "critical probability"
     words = ("hurts", "supports") if ablation else ("redundant", "critical")
-    return _with_legend(drawing, colors, (f"{words[0]} {ends[0]}", f"{ends[1]} {words[1]}"), what, note)
+    return _with_legend(drawing, colors, (f"{words[0]} {ends[0]}", f"{ends[1]} {words[1]}"), what, note, title)
 
 
-def _with_legend(drawing: str, colors: Sequence[str], ends: tuple[str, str], what: str, note: str | None) -> str:
+def _with_legend(
+    drawing: str, colors: Sequence[str], ends: tuple[str, str], what: str, note: str | None, title: str | None
+) -> str:
     size = re.search(r'width="([\d.]+)"\s+height="([\d.]+)"', drawing)
     assert size is not None
     width, height = float(size[1]), float(size[2])
-    whole = max(width, 480.0)
-    bar, y = 180.0, height + 4.0
+    whole = max(width, 480.0, len(title or "") * CODE + 2 * MARGIN)
+    top = 30.0 if title else 0.0
+    bar, y = 180.0, top + height + 4.0
     x = (whole - bar) / 2
     stops = "".join(
         f'<stop offset="{k / (len(colors) - 1):.3g}" stop-color="{color}"/>' for k, color in enumerate(colors)
     )
+    name = f"importance{len(colors)}"  # one page may hold drawings of both methods
     line = what if note is None else f"{what}, {note}"
+    heading = ""
+    if title:
+        heading = (
+            f'<title>{escape(title)}</title>\n<text x="{whole / 2:g}" y="26" text-anchor="middle" font-size="11"'
+            f' font-family="ui-monospace, Menlo, Consolas, \'DejaVu Sans Mono\', monospace" fill="{INK}">'
+            f"{escape(title)}</text>\n"
+        )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole:g} {height + LEGEND:g}" width="{whole:g}"'
-        f' height="{height + LEGEND:g}" role="img">\n<rect width="100%" height="100%" rx="8" fill="#ffffff"/>\n'
-        f'<svg x="{(whole - width) / 2:g}" {drawing.removeprefix("<svg ").rstrip()}\n'
-        f'<defs><linearGradient id="importance">{stops}</linearGradient></defs>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole:g} {y + LEGEND - 4:g}" width="{whole:g}"'
+        f' height="{y + LEGEND - 4:g}" role="img">\n<rect width="100%" height="100%" rx="8" fill="#ffffff"/>\n'
+        f'{heading}<svg x="{(whole - width) / 2:g}" y="{top:g}" {drawing.removeprefix("<svg ").rstrip()}\n'
+        f'<defs><linearGradient id="{name}">{stops}</linearGradient></defs>\n'
         f'<g font-family="{_font(drawing)}" font-size="{FONT - 1:g}" fill="{INK}">\n'
-        f'<rect x="{x:g}" y="{y:g}" width="{bar:g}" height="12" rx="3" fill="url(#importance)" stroke="#9aa3ad"/>\n'
+        f'<rect x="{x:g}" y="{y:g}" width="{bar:g}" height="12" rx="3" fill="url(#{name})" stroke="#9aa3ad"/>\n'
         f'<text x="{x - 8:g}" y="{y + 10:g}" text-anchor="end">{escape(ends[0])}</text>\n'
         f'<text x="{x + bar + 8:g}" y="{y + 10:g}">{escape(ends[1])}</text>\n'
         f'<text x="{whole / 2:g}" y="{y + 12 + MARGIN:g}" text-anchor="middle" fill="#4b5763">{escape(line)}</text>\n'

@@ -186,6 +186,11 @@ def test_drawings_are_one_svg_with_a_legend():
         assert "hurts" in words
         assert "supports" in words
         assert "by gp & co" in words
+        assert "a < b" in words
+        inner = next(node for node in list(root) if node.tag.endswith("}svg"))
+        right = float(inner.get("x")) + float(inner.get("width"))
+        assert 0 <= float(inner.get("x")) <= right <= float(root.get("width"))
+        assert float(inner.get("y")) + float(inner.get("height")) < float(root.get("height"))
 
 
 def test_colour_follows_importance():
