@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.columns import parse_column
 from benchmarks.table import Table
 from nas.evaluators import default_metric
 from nas.objectives import Objective, parse_objectives
@@ -45,17 +46,25 @@ def labels_and_targets(table: Table, labels: str | None = None, target: str | No
     """What to learn from and what to rank by.
 
     labels: `val-run`, one validation measurement (of the lowest seed that the architecture has); `val-mean`, the mean
-    over seeds; `test-mean`. target: `val-mean` or `test-mean`. Default val-run and test-mean; without test values in
-    the table val-mean is the target, and one with test values alone has both test-mean, which `notes` say. Test values
-    are read through `Table.test_values`, once. Errors: UserError for an unknown kind or one that the table lacks.
+    over seeds; `test-mean`. target: `val-mean`, `test-mean`, or a column of the table (a device's latency, say; add
+    :max or :min where its name does not tell what is better), which is then both label and target. Default val-run and
+    test-mean; without test values in the table val-mean is the target, and one with test values alone has both
+    test-mean, which `notes` say. Test values are read through `Table.test_values`, once. Errors: UserError for an
+    unknown kind or one that the table lacks.
     """
     splits = {m.partition("_")[0] for m in table.metrics}
     has_val, has_test = "val" in splits, "test" in splits
+    if target is not None and target not in TARGETS and _metric(target) in table.metrics:
+        return _column(table, labels, target)
+    if target is None and not (has_val or has_test):
+        columns = one_of(table.metrics)
+        raise UserError(table.id, f"a table with accuracies, or a column as --target ({columns})", table.metrics[0])
     notes = []
     if not has_val and has_test and (labels is None or target is None):
         notes.append(f"{table.id} has test values only: labels and targets are the mean test values")
+    targets = (*TARGETS, *(m for m in table.metrics if parse_column(m).split != "test"))
+    target = _kind(table, target or ("test-mean" if has_test else "val-mean"), targets, "targets", has_val, has_test)
     labels = _kind(table, labels or ("val-run" if has_val else "test-mean"), LABELS, "labels", has_val, has_test)
-    target = _kind(table, target or ("test-mean" if has_test else "val-mean"), TARGETS, "targets", has_val, has_test)
     if labels == "test-mean" and has_val:
         notes.append("learned from test labels (--labels test-mean): an easier task than learning from validation")
     objective = _objective(default_metric(table, "test" if target == "test-mean" else "val"))
@@ -65,7 +74,20 @@ def labels_and_targets(table: Table, labels: str | None = None, target: str | No
         test = np.asarray(table.test_values(None, default_metric(table, "test"), purpose=purpose), np.float64)
     values = {"test-mean": lambda: test, "val-mean": lambda: _mean(table), "val-run": lambda: _one_run(table)}
     found, truth = (np.asarray(values[kind](), np.float64) for kind in (labels, target))
+    return _labelled(table, found, truth, labels, target, objective, notes)
+
+
+def _labelled(
+    table: Table,
+    found: np.ndarray,
+    truth: np.ndarray,
+    labels: str,
+    target: str,
+    objective: Objective,
+    notes: Sequence[str] = (),
+) -> Labelled:
     rows = np.flatnonzero(np.isfinite(found) & np.isfinite(truth))
+    notes = list(notes)
     if not len(rows):
         raise UserError(table.id, f"a table with {labels} labels and {target} targets of the same architectures")
     if len(rows) < len(table):
@@ -74,6 +96,25 @@ def labels_and_targets(table: Table, labels: str | None = None, target: str | No
     return Labelled(
         sign * found[rows], sign * truth[rows], rows, labels, target, objective.name, objective.maximize, tuple(notes)
     )
+
+
+def _metric(text: str) -> str:
+    """The metric of a column's name, with or without a direction; empty for what is no such name."""
+    try:
+        return parse_column(text.partition(":")[0].replace("-", "_")).metric
+    except UserError:
+        return ""
+
+
+def _column(table: Table, labels: str | None, target: str) -> Labelled:
+    """A column as label and target: hardware costs are learned as they are predicted."""
+    if labels not in (None, target):
+        raise UserError(labels, f"no --labels, or {target}: a column that is the target is the label too", target)
+    if parse_column(_metric(target)).split == "test":
+        raise UserError(target, "test values as targets by their kind", "test-mean")
+    objective = _objective(target)
+    values = np.asarray(table.column(objective.name), np.float64)
+    return _labelled(table, values, values, objective.name, objective.name, objective)
 
 
 def _kind(table: Table, kind: str, kinds: Sequence[str], what: str, has_val: bool, has_test: bool) -> str:

@@ -133,3 +133,30 @@ def test_all_of_nas_bench_101(shared_table, tmp_path, monkeypatch):
     assert len(found) == 423_624
     for row in np.random.default_rng(0).integers(len(found), size=500).tolist():
         assert found[row] == table.space.graph(table.arch(row))
+
+
+def test_a_column_of_costs_is_label_and_target(make_table, rng):
+    latency, worth = rng.random(40) * 9 + 1, rng.random(40)
+    latency[[2, 30]] = -1  # missing, as hardware tables write it
+    table, archs = make_table({"raspi4_latency_ms": latency, "worth": worth, "test_acc_9": worth})
+    found = labels_and_targets(table, target="raspi4_latency_ms")
+    kept = [k for k in range(40) if latency[archs.index(table.text(k))] > 0]
+    np.testing.assert_array_equal(found.rows, kept)
+    np.testing.assert_allclose(found.labels, -by_arch(table, archs, latency)[kept])  # less is better
+    np.testing.assert_array_equal(found.targets, found.labels)
+    assert (found.label_kind, found.target_kind, found.maximize) == ("raspi4_latency_ms", "raspi4_latency_ms", False)
+    assert "2 of 40 rows" in found.notes[0]
+    assert table.test_uses == []
+    assert labels_and_targets(table, target="worth:max").maximize
+    np.testing.assert_allclose(labels_and_targets(table, target="worth:min").labels, -by_arch(table, archs, worth))
+    for given, expected in (
+        ({"target": "raspi4_latency"}, "did you mean 'raspi4_latency_ms'"),
+        ({"target": "test_acc"}, "did you mean 'test-mean'"),
+        ({"target": "worth"}, "worth:max, worth:min"),
+        ({"target": "raspi4_latency_ms", "labels": "test-mean"}, "no --labels, or raspi4_latency_ms"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            labels_and_targets(table, **given)
+    alone, _ = make_table({"raspi4_latency_ms": latency})
+    with pytest.raises(UserError, match="a column as --target.*raspi4_latency_ms"):
+        labels_and_targets(alone)
