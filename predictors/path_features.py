@@ -27,8 +27,9 @@ def path_features(table: GraphTable, parts: Sequence[str] | None = None) -> tupl
 
     For every cell (a part other than `both`): nodes per operation; depth, paths, live nodes and edges, degree of the
     output; the mean and longest distance of each operation from input and output; and for every subset of the
-    operations the shortest path through it alone (its inverse, 0 where there is none), the most nodes of it on a path,
-    the logarithm of the number of paths in it alone, and its part of the degrees of input, output and all nodes.
+    operations the shortest path through it alone (its inverse, 0 where there is none), the most and the fewest nodes of
+    it on a path (0 where there is none), the logarithm of the number of paths in it alone, and its part of the degrees
+    of input, output and all nodes.
     """
     cells = [part for part in (parts or table.part_names) if part != BOTH]
     blocks, names = [], []
@@ -95,7 +96,8 @@ def _columns(table: GraphTable) -> Iterator[tuple[str, np.ndarray]]:
         yield f"live[{label}]", number
         yield f"shortest[{label}]", _inverse(flow.at_output(flow.shortest_from_input(chosen)))
         yield f"most_on_path[{label}]", np.maximum(flow.at_output(flow.longest_from_input(chosen)), 0)
-        yield f"fewest_on_path[{label}]", flow.at_output(flow.fewest_from_input(chosen))
+        fewest = flow.at_output(flow.fewest_from_input(chosen))
+        yield f"fewest_on_path[{label}]", np.where(fewest < FAR, fewest, 0)
         yield f"spread_on_walk[{label}]", flow.counted_on_walk(chosen)[1]
         yield f"walk_within[{label}]", flow.at_output(flow.walk_from_input(chosen))
         yield f"walk_back_within[{label}]", flow.walk_to_output(chosen)[0]

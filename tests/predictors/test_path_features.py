@@ -12,7 +12,6 @@ from predictors.path_features import operation_subsets, path_features
 from search_spaces.graph import OpGraph
 from search_spaces.registry import load_space
 
-FAR = 1000  # what stands for the fewest nodes on a path where there is no path
 VOCABULARY = ("input", "output", "none", "a", "b", "c", "d")
 
 
@@ -85,7 +84,7 @@ def by_enumeration(graph: networkx.DiGraph, vocabulary: tuple[str, ...], source:
         found[f"live[{label}]"] = len(at)
         found[f"shortest[{label}]"] = 1 / min((n for n, p in zip(lengths, pure, strict=True) if p), default=np.inf)
         found[f"most_on_path[{label}]"] = max(passed, default=0)
-        found[f"fewest_on_path[{label}]"] = min(passed, default=FAR)
+        found[f"fewest_on_path[{label}]"] = min(passed, default=0)
         moments = [expected(backward, [c**k for c in passed]) for k in (1, 2)]
         found[f"spread_on_walk[{label}]"] = np.sqrt(max(moments[1] - moments[0] ** 2, 0))
         found[f"walk_within[{label}]"] = expected(forward, pure)
@@ -196,7 +195,7 @@ def test_graphs_without_edges_or_without_the_cell_have_rows_too(rng):
     mixed, names = path_features(table, ("cell", "both", "normal", "reduce"))
     alone, own = path_features(table)
     np.testing.assert_array_equal(mixed[:, [names.index(f"cell.{name}") for name in own]], alone)
-    away = [i for i, name in enumerate(names) if name.startswith("normal.") and "fewest" not in name]
+    away = [i for i, name in enumerate(names) if name.startswith("normal.")]
     shares = [i for i in away if "output_share" not in names[i]]
     assert not mixed[:, shares].any()
 
