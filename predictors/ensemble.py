@@ -29,7 +29,7 @@ class EnsembleSettings:
 
     members: tuple[str, ...] = ("gp-graf", "gbt-graf", "feature-distilled")
     weighting: str = "cross-validation"
-    folds: int = 5
+    folds: int = 3
     many: int = 1000
     shrink: float = 20.0
 

@@ -21,11 +21,11 @@ class BoostingSettings:
     features: tuple[str, ...] = ("graf",)
     target: Target = "normal-score"
     library: str = "sklearn"
-    trees: int = 800
+    trees: int = 1600
     depth: int = 3
-    rate: float = 0.03
-    row_share: float = 0.8
-    column_share: float = 0.2
+    rate: float = 0.015
+    row_share: float = 0.5
+    column_share: float = 0.1
 
 
 class GradientBoosting(FeaturePredictor):

@@ -93,10 +93,14 @@ class GraphTransformer(NeuralPredictor):
 
 @dataclass(frozen=True)
 class FeatureDistilledSettings(NeuralSettings):
-    """NeuralSettings of feature distillation: embedding and first block stay as pre-trained."""
+    """NeuralSettings of feature distillation: embedding and first block stay as pre-trained. Batches of 50 and fewer
+    graphs per pre-training step than CAP's cost nothing in rank correlation (docs/predictors.md) and save most of the
+    time."""
 
     mode: str = "partial"
     pretraining: str = "features"
+    pretrain_batch: int = 256
+    least_batch: int = 50
 
 
 class FeatureDistilled(NeuralPredictor):
