@@ -42,7 +42,12 @@ Labels = Annotated[
     str | None, typer.Option("--labels", help="val-run, val-mean or test-mean (default: val-run where there is one).")
 ]
 Target = Annotated[
-    str | None, typer.Option("--target", help="val-mean or test-mean (default: test-mean where there is one).")
+    str | None,
+    typer.Option(
+        "--target",
+        help="val-mean, test-mean, or a column such as raspi4_latency_ms, the label then too"
+        " (default: test-mean where there is one).",
+    ),
 ]
 
 
@@ -194,6 +199,10 @@ def train(
     setting: Annotated[
         list[str] | None, typer.Option("--setting", help="NAME=VALUE of the predictor, see `nas predict list`.")
     ] = None,
+    warm_from: Annotated[
+        str | None,
+        typer.Option("--warm-from", help="Start from a search's folder or from a predictor's (of other data, say)."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a predictor that is there.")] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
@@ -209,7 +218,15 @@ def train(
     given = options.read_settings(setting)
     with output.progress("graphs") as progress:
         found = train_on(
-            table, predictor, train_size, seed=seed, labels=labels, target=target, settings=given, progress=progress
+            table,
+            predictor,
+            train_size,
+            seed=seed,
+            labels=labels,
+            target=target,
+            settings=given,
+            warm_from=warm_from,
+            progress=progress,
         )
     found.predictor.save(out)
     known, quality = found.known, dict(found.quality)
@@ -228,6 +245,7 @@ def train(
             "predictor": found.predictor.kind,
             "benchmark": table.id,
             "train_size": found.size,
+            "warm_from": warm_from,
             "labels": known.label_kind,
             "target": known.target_kind,
             "saved": str(out),
@@ -286,16 +304,16 @@ def explain(
 ) -> None:
     """Draw what a predictor's value of an architecture rests on: importance of operations and edges as colour."""
     from nas.prediction.ranking import load_for
+    from nas.prediction.transfer import load_saved
     from predictors.explain import draw_explanation, removable
     from predictors.explain import explain as explain_graph
-    from predictors.registry import load_predictor
     from search_spaces.common.files import atomic_write
     from search_spaces.registry import load_space
 
     output = Output("predict explain", json)
     if out.suffix.lower() != ".svg":
         raise UserError(str(out), "a file that ends in .svg", str(out.with_suffix(".svg")))
-    found_space = load_space(load_predictor(folder).space_name if space is None else space)
+    found_space = load_space(load_saved(folder).space_name if space is None else space)
     predictor = load_for(folder, found_space)
     decoded = found_space.decode(arch)
     graph, text = found_space.graph(decoded), found_space.encode(decoded)

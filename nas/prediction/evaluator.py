@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nas.prediction.ranking import load_for
-from predictors.base import LearnedPredictor, read_header
+from nas.prediction.transfer import AnyPredictor
+from predictors.base import read_header
 from predictors.graphs import as_table
 from search_spaces.common.errors import UserError
 from search_spaces.registry import load_space
@@ -53,7 +54,7 @@ class PredictorEvaluator:
 
 
 @functools.lru_cache(maxsize=4)
-def _load(folder: str, space: str, stamp: int) -> tuple[LearnedPredictor, SearchSpace]:
+def _load(folder: str, space: str, stamp: int) -> tuple[AnyPredictor, SearchSpace]:
     """Once per process; a predictor that was trained anew is loaded anew."""
     found = load_space(space)
     return load_for(folder, found), found

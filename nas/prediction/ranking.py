@@ -11,10 +11,11 @@ import numpy as np
 
 from benchmarks.table import Table
 from nas.prediction.tables import Labelled, graphs_of, labels_and_targets
+from nas.prediction.transfer import AnyPredictor, load_saved, warm_start
 from predictors.base import LearnedPredictor
 from predictors.evaluation import Split, make_splits, rank_quality, read_size
 from predictors.graphs import GraphTable, as_table
-from predictors.registry import load_predictor, make_predictor
+from predictors.registry import make_predictor
 from search_spaces.common.errors import UserError
 from search_spaces.registry import load_space, space_text
 from search_spaces.space import SearchSpace
@@ -29,7 +30,7 @@ Progress = Callable[[int, int | None], None]
 class Trained:
     """A fitted predictor, what it learned from, and how it ranks the benchmark."""
 
-    predictor: LearnedPredictor
+    predictor: AnyPredictor
     known: Labelled
     size: int
     quality: Mapping[str, float]
@@ -44,14 +45,18 @@ def train_on(
     labels: str | None = None,
     target: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    warm_from: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """A predictor fitted to `size` random rows of a benchmark (None: all), and its statistics over the others.
 
-    The rows are those of the protocol nasforge with this seed. Errors: UserError.
+    The rows are those of the protocol nasforge with this seed. warm_from: see `warm_start`. Errors: UserError.
     """
-    space = space_text(table.space)
-    predictor = make_predictor(name, space, table.space.vocabulary, **(settings or {}))
+
+    def plain() -> LearnedPredictor:
+        return make_predictor(name, space_text(table.space), table.space.vocabulary, **(settings or {}))
+
+    predictor = plain() if warm_from is None else warm_start(warm_from, plain, name, settings)()
     known = labels_and_targets(table, labels, target)
     count = read_size("100%" if size is None else size, len(known.rows))
     graphs = graphs_of(table, progress)
@@ -83,9 +88,9 @@ class Ranking:
     best: tuple[Ranked, ...]
 
 
-def load_for(folder: str | os.PathLike[str], space: SearchSpace) -> LearnedPredictor:
+def load_for(folder: str | os.PathLike[str], space: SearchSpace) -> AnyPredictor:
     """The predictor saved in `folder`. Errors: UserError for none, and for one of another space."""
-    predictor = load_predictor(folder)
+    predictor = load_saved(folder)
     if predictor.space_name != space_text(space):
         hint = f"a predictor of {space_text(space)}; this one was trained on {predictor.space_name}"
         raise UserError(str(folder), hint, f"--space {predictor.space_name}")
@@ -107,7 +112,7 @@ def rank_space(
     50,000, else 10,000. Of one key only the first counts. Errors: UserError.
     """
     if space is None:
-        space = load_space(load_predictor(folder).space_name)
+        space = load_space(load_saved(folder).space_name)
     predictor = load_for(folder, space)
     for option, value in (("--top", top), ("--sample", sample)):
         if value is not None and (isinstance(value, bool) or value < 1):
@@ -124,7 +129,7 @@ def rank_space(
 
 
 def predict_archs(
-    predictor: LearnedPredictor, space: SearchSpace, archs: Sequence[Any], progress: Progress | None = None
+    predictor: AnyPredictor, space: SearchSpace, archs: Sequence[Any], progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """([N] predictions, [N] standard deviations), graphs made a part at a time."""
     mean, deviation = np.empty(len(archs)), np.empty(len(archs))

@@ -42,7 +42,8 @@ class PredictorGuided(Strategy[A]):
     drawn of the `population` told last (Ji, Feng and Sun, CAP, IJCAI 2024, supplement). among (0): where it exceeds
     `batch`, the batch is drawn from so many best candidates. random_share (0): of the queries after the first, drawn
     at random. unlabelled (0): random architectures handed to predictors that pre-train; where the candidates are the
-    whole space, it is that.
+    whole space, it is that. warm_from: the folder of a search or of a saved predictor, from which every fit starts
+    (see `nas.prediction.transfer`); it has to stay as it is while the search may be resumed.
 
     It never waits: with several trials in flight it fits on what was told. Failed trials are left out of the fit; one
     that breaks a bound counts as worse than all that keep them. Fewer than three different values: random again.
@@ -72,6 +73,7 @@ class PredictorGuided(Strategy[A]):
         among: int = 0,
         random_share: float = 0.0,
         unlabelled: int = 0,
+        warm_from: str | None = None,
     ):
         super().__init__(space, objectives, rng)
         self.initial, self.batch = positive("initial", initial), positive("batch", batch)
@@ -84,7 +86,7 @@ class PredictorGuided(Strategy[A]):
         self.population, self.tournament = positive("population", population), positive("tournament", tournament)
         self.among = positive("among", among, least=0)
         self.random_share = probability("random_share", random_share)
-        self._make = _maker(predictor, settings or {}, space)
+        self._make = _maker(predictor, settings or {}, space, warm_from)
         self._make()  # a name or setting that is unknown is refused now
         kind = match(str(candidates), CANDIDATES, "a choice of candidates")
         self._pool = self._whole_space(kind, positive("pool", pool))
@@ -267,9 +269,17 @@ def _whole(space: SearchSpace) -> _Pool:
     return _Pool(space)
 
 
-def _maker(predictor: PredictorChoice, settings: Mapping[str, Any], space: SearchSpace) -> Callable[[], Any]:
+def _maker(
+    predictor: PredictorChoice, settings: Mapping[str, Any], space: SearchSpace, warm_from: str | None
+) -> Callable[[], Any]:
     if callable(predictor):
-        return lambda: predictor(space.name, space.vocabulary)
-    from predictors.registry import make_predictor
+        plain = functools.partial(predictor, space.name, space.vocabulary)
+    else:
+        from predictors.registry import make_predictor
 
-    return lambda: make_predictor(str(predictor), space.name, space.vocabulary, **settings)
+        plain = functools.partial(make_predictor, str(predictor), space.name, space.vocabulary, **settings)
+    if warm_from is None:
+        return plain
+    from nas.prediction.transfer import warm_start
+
+    return warm_start(warm_from, plain, DEFAULT_PREDICTOR if callable(predictor) else str(predictor), settings)
