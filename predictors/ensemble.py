@@ -45,8 +45,8 @@ class EnsembleSettings:
 class Ensemble(LearnedPredictor[EnsembleSettings]):
     """Weighted mean of members whose predictions are first brought to normal scores on a reference population.
 
-    Weights are not negative, add up to one and fit the out-of-fold predictions to the labels' normal scores by least
-    squares (Breiman, Stacked Regressions, 1996), pulled towards equal weights. The standard deviation joins the
+    Weights are not negative and fit the out-of-fold predictions to the labels' normal scores by least squares (Breiman,
+    Stacked Regressions, 1996), pulled towards equal weights, then divided by their sum. The standard deviation joins the
     members' own with that between them.
     """
 
@@ -89,24 +89,33 @@ class Ensemble(LearnedPredictor[EnsembleSettings]):
         if not self._waits:
             _train_together([self])
 
+    def member_predictions(
+        self, graphs: Sequence[OpGraph], *, extra: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """[N] predictions of every member, each on its own scale."""
+        return {name: member.predict(graphs, extra=extra) for name, member in self._members.items()}
+
+    def combine(self, predictions: Mapping[str, np.ndarray]) -> np.ndarray:
+        """[N] predictions of the ensemble from those of its members."""
+        return sum(
+            (
+                self.weights[name] * to_normal_scores(values, self._references[name])
+                for name, values in predictions.items()
+            ),
+            np.zeros(()),
+        )
+
     def _predict(self, table, extra, std) -> tuple[np.ndarray, np.ndarray]:
         columns = dict(zip(self.extra_names, extra.T, strict=True))
-        mean, second = np.zeros(len(table)), np.zeros(len(table))
+        if not std:
+            return self.combine(self.member_predictions(table, extra=columns)), np.full(len(table), np.nan)
+        means, seconds = {}, np.zeros(len(table))
         for name, member in self._members.items():
-            values, own = (
-                member.predict(table, extra=columns, return_std=True)
-                if std
-                else (
-                    member.predict(table, extra=columns),
-                    None,
-                )
-            )
-            place = to_normal_scores(values, self._references[name])
-            mean += self.weights[name] * place
-            if own is not None:
-                own = np.nan_to_num(own / max(self._references[name].std(), 1e-12))
-                second += self.weights[name] * (place**2 + own**2)
-        return mean, np.sqrt(np.maximum(second - mean**2, 0)) if std else np.full(len(table), np.nan)
+            means[name], own = member.predict(table, extra=columns, return_std=True)
+            own = np.nan_to_num(own / max(self._references[name].std(), 1e-12))
+            seconds += self.weights[name] * (to_normal_scores(means[name], self._references[name]) ** 2 + own**2)
+        mean = self.combine(means)
+        return mean, np.sqrt(np.maximum(seconds - mean**2, 0))
 
     def _state(self) -> dict[str, np.ndarray]:
         state = {"weights": np.array([self.weights[name] for name in self._members])}
@@ -219,8 +228,8 @@ def _weights(job: _Job, members: dict[str, list[LearnedPredictor]], shrink: floa
 
 
 def stacking_weights(predictions: np.ndarray, targets: np.ndarray, shrink: float) -> list[float]:
-    """Weights [M] >= 0 that add up to one: least squares of predictions [N, M] against targets [N], plus `shrink` times
-    the squared distance to equal weights."""
+    """Weights [M] >= 0: least squares of predictions [N, M] against targets [N], plus `shrink` times the squared
+    distance to 1 / M; then divided by their sum, for the scale of a prediction has no meaning."""
     count = predictions.shape[1]
     pull = np.sqrt(shrink)
     rows = np.concatenate([predictions, pull * np.eye(count)])

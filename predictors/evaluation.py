@@ -141,12 +141,14 @@ def _statistics(predictions: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 def evaluate_splits(
     make: Callable[[], Any], task: Task, splits: Sequence[Split]
-) -> Iterator[tuple[Split, dict[str, float]]]:
+) -> Iterator[tuple[Split, dict[str, Any]]]:
     """(split, its statistics with `fit_seconds` and `predict_seconds`) as they come.
 
     make: an unfitted Predictor. One that offers `fit_many(problems, rngs) -> [fitted]`, with problems (graphs, labels,
-    extra or None, unlabelled), learns all splits of one size together; their time is shared evenly. All graphs of the
-    task are at hand unlabelled. The generator of a fit follows from the split's size and seed.
+    extra or None, unlabelled), learns all splits of one size together; their time is shared evenly. One that offers
+    `member_predictions` and `combine` (an ensemble) has the statistics of its members too, under `members`:
+    {name: {statistic: value}}. All graphs of the task are at hand unlabelled. The generator of a fit follows from the
+    split's size and seed.
     """
     for size in dict.fromkeys(split.size for split in splits):
         same = [split for split in splits if split.size == size]
@@ -168,13 +170,21 @@ def _fit(make: Callable[[], Any], task: Task, splits: Sequence[Split]) -> list[A
     return [make().fit(graphs, labels, extra=extra, unlabelled=task.graphs, rng=rngs[0])]
 
 
-def _judged(predictor: Any, task: Task, split: Split) -> dict[str, float]:
+def _judged(predictor: Any, task: Task, split: Split) -> dict[str, Any]:
     whole = len(split.test) == len(task.graphs)
-    graphs = task.graphs if whole else task.graphs.take(split.test)
+    graphs, extra = task.graphs if whole else task.graphs.take(split.test), _rows(task, split.test)
     begun = time.perf_counter()
-    predictions = predictor.predict(graphs, extra=_rows(task, split.test))
-    seconds = time.perf_counter() - begun
-    return {**rank_quality(predictions, task.targets, split), "predict_seconds": seconds}
+    parts = None
+    if hasattr(predictor, "member_predictions"):
+        parts = predictor.member_predictions(graphs, extra=extra)
+        predictions = predictor.combine(parts)
+    else:
+        predictions = predictor.predict(graphs, extra=extra)
+    found: dict[str, Any] = {"predict_seconds": time.perf_counter() - begun}
+    found |= rank_quality(predictions, task.targets, split)
+    if parts is not None:
+        found["members"] = {name: rank_quality(values, task.targets, split) for name, values in parts.items()}
+    return found
 
 
 def _rows(task: Task, rows: np.ndarray) -> dict[str, np.ndarray] | None:

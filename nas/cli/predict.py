@@ -154,7 +154,7 @@ def _row(result: Result, columns: list[str]) -> list[Any]:
     low, high = s["kendall_tau"].interval
     interval = "-" if s["kendall_tau"].n < 2 else f"{low:.3f} to {high:.3f}"
     cells = [shown(s.get(key), 1 if key == "best_rank_at_10" else 3) for key in columns]
-    seconds = [f"{s[name].mean:.2f}" for name in ("fit_seconds", "predict_seconds")]
+    seconds = [f"{s[name].mean:.2f}" if name in s else "" for name in ("fit_seconds", "predict_seconds")]
     return [result.predictor, result.train_size, *cells, interval, *seconds]
 
 

@@ -32,6 +32,7 @@ from search_spaces.registry import space_text
 
 KIND = "predict-evaluate"
 PINAT_SEEDS = 1
+MEMBER = "/"  # auto/gp-graf: a member as it was trained inside the ensemble
 Progress = Callable[[int, int | None], None]
 _FREE = {"format", "predictors", "train_sizes", "seeds", "seed", "strategy", "command", "environment", "version"}
 _FREE |= {"finished"}
@@ -118,6 +119,7 @@ def evaluate_predictors(
     out: a run folder; results that stand in it already are taken from there, also when predictors, sizes or seeds are
     added. sizes: counts or percentages. seeds: how many, from `seed` on; 1 of `pinat`. labels, target: as for
     `labels_and_targets`. settings: {predictor: {setting: value}}. extra: columns [rows of the table], such as proxies.
+    The members of an ensemble are results of their own, named as `auto/gp-graf`; their time is that of the ensemble.
     A predictor that refuses a size (UserError) is reported in `failures` and tried again on resuming.
     Errors: UserError for bad input, RunError when nothing could be evaluated.
     """
@@ -189,6 +191,8 @@ def _run(
         stored = set()
         try:
             for split, found in evaluate_splits(make, task, same):
+                for member, statistics in found.pop("members", {}).items():
+                    book.add(f"{make.name}{MEMBER}{member}", split, statistics)
                 book.add(make.name, split, found)
                 stored.add(split.seed)
                 if progress is not None:
@@ -242,7 +246,7 @@ class _Book:
                 len(self._found), name, name, "asked", split.size, seed=split.seed, asked_at=now
             )  # fmt: skip
             self.run.add_ask(record)
-        seconds = None if metrics is None else sum(metrics[name] for name in SECONDS)
+        seconds = None if metrics is None else sum(metrics.get(name, 0.0) for name in SECONDS)
         record = TrialRecord(
             record.id, name, name, "failed" if metrics is None else "done", split.size, metrics, error, seconds, None,
             None, split.seed, record.asked_at, now, record.attempts + 1,
@@ -253,7 +257,7 @@ class _Book:
     def results(self, names: Sequence[str], splits: Sequence[Split]) -> list[Result]:
         """By predictor and size, over the seeds that succeeded."""
         found = []
-        for name in dict.fromkeys(names):
+        for name in self._with_members(names):
             for size in dict.fromkeys(split.size for split in splits):
                 seeds = [split.seed for split in splits if split.size == size]
                 records = [self._found.get((name, size, seed)) for seed in seeds]
@@ -263,6 +267,10 @@ class _Book:
                     present = [s for s in order if all(s in m for m in metrics)]
                     found.append(Result(name, size, {s: summarize([m[s] for m in metrics]) for s in present}))
         return found
+
+    def _with_members(self, names: Sequence[str]) -> list[str]:
+        kept = list(dict.fromkeys(name for name, _, _ in self._found))
+        return [n for name in dict.fromkeys(names) for n in (name, *(k for k in kept if k.startswith(name + MEMBER)))]
 
     def failures(self, names: Sequence[str], splits: Sequence[Split]) -> dict[tuple[str, int], str]:
         """{(predictor, size): the message}."""
