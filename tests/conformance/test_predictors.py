@@ -121,3 +121,33 @@ def test_too_few_graphs_and_unknown_operations_are_refused(name, predictor):
         predictor.predict([strange])
     with pytest.raises(UserError, match="a predictor that was fitted"):
         make(name).predict(OTHERS)
+
+
+def test_repeated_graphs_count_once_with_the_mean_of_their_labels(name, caplog):
+    twice = [*LABELLED, *LABELLED[:5]]
+    apart = np.concatenate([LABELS, LABELS[:5]])
+    apart[:5] -= 0.25
+    apart[-5:] += 0.25
+    rng = np.random.default_rng(0)
+    found = make(name).fit(twice, apart, unlabelled=OTHERS, rng=rng).predict(OTHERS)
+    assert "5 of 29 labelled graphs repeat others; their labels are averaged" in caplog.text
+    np.testing.assert_allclose(found, fitted(name).predict(OTHERS), rtol=1e-5, atol=1e-6)
+
+
+def test_graphs_beyond_the_limit_are_refused(name, predictor):
+    large = OpGraph(("input", *["nor_conv_3x3"] * 63, "output"), np.eye(65, k=1, dtype=bool))
+    with pytest.raises(UserError, match="65: expected graphs of at most 64 nodes"):
+        predictor.predict([large])
+    with pytest.raises(UserError, match="65: expected graphs of at most 64 nodes"):
+        make(name).fit([*LABELLED, large], np.append(LABELS, 1.0), unlabelled=OTHERS, rng=np.random.default_rng(0))
+
+
+def test_extra_columns_are_asked_for_again(name):
+    columns = {"nwot": np.linspace(0, 1, len(LABELLED))}
+    with_extra = make(name).fit(LABELLED, LABELS, extra=columns, unlabelled=OTHERS, rng=np.random.default_rng(0))
+    with pytest.raises(UserError, match=r"the extra columns it was fitted with \(nwot\)"):
+        with_extra.predict(OTHERS)
+    found = with_extra.predict(OTHERS, extra={"nwot": np.zeros(len(OTHERS)), "unused": np.zeros(1)})
+    assert np.isfinite(found).all()
+    with pytest.raises(UserError, match=f"one value of 'nwot' for each of the {len(OTHERS)} graphs"):
+        with_extra.predict(OTHERS, extra={"nwot": np.zeros(3)})
