@@ -91,7 +91,7 @@ class Ridge(FeaturePredictor):
     def _learn(self, rows: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> None:
         from sklearn.linear_model import RidgeCV
 
-        self._model = RidgeCV(alphas=self.settings.penalties).fit(rows, targets)
+        self._model = RidgeCV(alphas=np.array(self.settings.penalties)).fit(rows, targets)
 
     def _infer(self, rows: np.ndarray, std: bool) -> tuple[np.ndarray, np.ndarray]:
         return self._model.predict(rows), np.full(len(rows), np.nan)

@@ -66,11 +66,14 @@ FEATURES: dict[str, Callable[[GraphTable, Sequence[str], int], np.ndarray]] = {
 
 
 class Standardizer:
-    """Columns to zero mean and unit variance over the rows it was made from; constant ones are dropped."""
+    """Columns to zero mean and unit variance over the rows it was made from; constant ones are dropped (where all
+    are, the first stays, as zeros: learners want a column)."""
 
     def __init__(self, rows: np.ndarray):
         self.mean, deviation = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
         self.kept = deviation > 1e-9 * np.maximum(np.abs(self.mean), 1)
+        if not self.kept.any():
+            self.kept[0], deviation[0] = True, np.inf
         self.mean, self.deviation = self.mean[self.kept], deviation[self.kept]
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:

@@ -209,3 +209,4 @@ def test_columns_are_standardised_and_constant_ones_dropped(rng):
     kept = rows[:, :4].astype(np.float32)
     np.testing.assert_allclose(found, (kept - kept.mean(0)) / kept.std(0), atol=1e-3)
     assert standardizer(np.full((2, 6), 7.0)).shape == (2, 4)
+    np.testing.assert_array_equal(Standardizer(np.full((3, 2), 7.0))(np.full((2, 2), 9.0)), np.zeros((2, 1)))
