@@ -26,7 +26,7 @@ log = logging.getLogger("nasforge.predictors")
 @dataclass(frozen=True)
 class ParzcSettings(StackSettings):
     """StackSettings of ParZC: 150 epochs in batches of 10, weight decay 1e-3, mean squared error, 16 patches of 16,
-    4 blocks, dropout .1 (release). Scaled to a CPU by choice: width 128 at rate 1e-3 (theirs is 512 at 1e-4). draws:
+    4 blocks, dropout .1 (release). Scaled to a CPU by choice: width 64 at rate 1e-3 (theirs is 512 at 1e-4). draws:
     weight draws at prediction (theirs takes one, anew at every call). loss: see `losses.loss_at`."""
 
     batch: int = 10
@@ -34,10 +34,10 @@ class ParzcSettings(StackSettings):
     loss: str = "mse"
     patches: int = 16
     patch: int = 16
-    width: int = 128
+    width: int = 64
     blocks: int = 4
     dropout: float = 0.1
-    draws: int = 8
+    draws: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
