@@ -225,7 +225,7 @@ def make_evaluator(
     training: Mapping[str, Any] | None = None,
     scoring: Mapping[str, Any] | None = None,
 ) -> Evaluator:
-    """The evaluator that `text` names: `table:ID`, `train`, `proxy:NAMES` or `package.module:object`.
+    """The evaluator that `text` names: `table:ID`, `train`, `proxy:NAMES`, `predictor:DIR` or `package.module:object`.
 
     training: the settings of `train`, as `TrainEvaluator.as_json` gives them. scoring: those of `proxy:NAMES`, the
     fields of `ProxyEvaluator` but the names. Errors: UserError; TestSplitError for an objective on test images.
@@ -235,13 +235,15 @@ def make_evaluator(
         return _train_evaluator(objectives or (), label, training)
     if kind == "proxy" and rest:
         return _proxy_evaluator(rest, objectives or (), scoring)
+    if kind == "predictor" and rest:
+        return _predictor_evaluator(rest, objectives or ())
     if kind == "table" and rest:
         metrics = tuple(dict.fromkeys(o.name for o in objectives or ()))
         return TableEvaluator(rest, metrics, label, seed_policy)
     if colon and rest.replace(".", "_").isidentifier():
         _load(text)
         return ObjectEvaluator(text)
-    expected = "an evaluator: table:<benchmark id>, train, proxy:<names> or package.module:object"
+    expected = "an evaluator: table:<benchmark id>, train, proxy:<names>, predictor:<folder> or package.module:object"
     raise UserError(text, expected, _similar(text))
 
 
@@ -259,6 +261,15 @@ def _proxy_evaluator(names: str, objectives: Sequence[Objective], scoring: Mappi
                 objective.name, f"a proxy of the evaluator ({one_of(known)})", nearest(objective.name, known)
             )
     return evaluator
+
+
+def _predictor_evaluator(folder: str, objectives: Sequence[Objective]) -> Evaluator:
+    from nas.prediction.evaluator import METRIC, PredictorEvaluator
+
+    for objective in objectives:
+        if objective.name != METRIC:
+            raise UserError(objective.name, f"the metric of a predictor ({METRIC}:max)", METRIC)
+    return PredictorEvaluator(folder)
 
 
 def _train_evaluator(objectives: Sequence[Objective], label: str, training: Mapping[str, Any] | None) -> Evaluator:

@@ -34,7 +34,7 @@ Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and use tr
 def search(
     benchmark: options.Benchmark = None,
     evaluator: Annotated[
-        str | None, typer.Option(help="table:ID, train, proxy:NAMES or package.module:object.")
+        str | None, typer.Option(help="table:ID, train, proxy:NAMES, predictor:DIR or package.module:object.")
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="A space's name or package.module:object (tables know theirs).")
@@ -47,6 +47,13 @@ def search(
     label: options.Label = "val",
     seed_policy: Annotated[str, typer.Option(help="Of a table: mean, random, or a seed's number.")] = "mean",
     setting: options.Settings = None,
+    predictor: Annotated[
+        str | None, typer.Option(help="Of predictor searches: a name of `nas predict list` (default gp-graf).")
+    ] = None,
+    warm_from: Annotated[
+        Path | None,
+        typer.Option("--warm-from", help="Of predictor searches: start from a search's or a predictor's folder."),
+    ] = None,
     seed: options.Seed = 0,
     workers: Annotated[int, typer.Option(help="Processes that evaluate.")] = 1,
     timeout: Annotated[float | None, typer.Option(help="Seconds for one evaluation.")] = None,
@@ -109,7 +116,11 @@ def search(
         **({} if scoring is None else {"scoring": scoring}),
         "space": space,
         "strategy": strategy,
-        "strategy_settings": options.read_settings(setting),
+        "strategy_settings": {
+            **options.read_settings(setting),
+            **({} if predictor is None else {"predictor": predictor}),
+            **({} if warm_from is None else {"warm_from": str(warm_from.absolute())}),
+        },
         "objectives": objectives,
         "label": label,
         "seed_policy": options.read_seed_policy(seed_policy),
@@ -199,7 +210,7 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
         objectives = parse_objectives("val_acc")
     scoring = settings.get("scoring")
     evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], policy, training, scoring)
-    if scoring is not None and objectives is None:
+    if objectives is None and (scoring is not None or settings["evaluator"].startswith("predictor:")):
         objectives = (Objective(evaluator.metrics()[0], maximize=True),)  # type: ignore[attr-defined]
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
     if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:

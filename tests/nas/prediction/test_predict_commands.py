@@ -225,3 +225,22 @@ def test_list_names_every_predictor(nas):
     found = as_json(nas("predict", "list", "--json"))
     assert [p["name"] for p in found["predictors"]] == list(registry.PREDICTORS)
     assert all(p["about"] for p in found["predictors"])
+
+
+def test_a_predictor_is_searched_and_guides_searches(nas, table, nas_bench_201, tmp_path):
+    train = ("predict", "train", "--benchmark", "predicted/table", "--predictor", "linear", "--train-size", "40")
+    as_json(nas(*train, "--out", "ranker", "--json"))
+    search = ("search", "--strategy", "local-search", "--queries", "30", "--json")
+    found = as_json(nas(*search, "--evaluator", "predictor:ranker", "--out", "predicted"))
+    best = max(r.metrics["predicted_score"] for r in Run.open(tmp_path / "predicted").trials())
+    assert found["best"]["metrics"]["predicted_score"] == best
+    guided = ("search", "--benchmark", "nas-bench-201/cifar10", "--strategy", "predictor", "--predictor", "linear")
+    guided += ("--setting", "acquisition=mean", "--setting", "initial=10", "--queries", "20", "--json")
+    for extra in ((), ("--warm-from", "ranker")):
+        as_json(nas(*guided, *extra, "--out", f"guided{len(extra)}"))
+        run = Run.open(tmp_path / f"guided{len(extra)}")
+        assert run.settings["strategy_settings"]["predictor"] == "linear"
+        assert len(run.trials()) == 20
+    status, _, err = nas(*search, "--evaluator", "predictor:ranker", "--objectives", "val_acc")
+    assert status == 2
+    assert "predicted_score" in err
