@@ -121,9 +121,11 @@ class WeisfeilerLehmanSettings(GaussianProcessSettings):
 
 
 class WeisfeilerLehman(GaussianProcess):
-    """Gaussian process on counts of Weisfeiler-Lehman colours (Ru, Wan, Dong and Osborne, Interpretable Neural
-    Architecture Search via Bayesian Optimisation with Weisfeiler-Lehman Kernels, ICLR 2021); the kernel is a function
-    of the angle between two graphs' counts."""
+    """Gaussian process on counts of Weisfeiler-Lehman colours; the kernel is a function of the angle between two.
+
+    Ru, Wan, Dong and Osborne, Interpretable Neural Architecture Search via Bayesian Optimisation with
+    Weisfeiler-Lehman Kernels, ICLR 2021.
+    """
 
     kind = "gp-wl"
     Settings = WeisfeilerLehmanSettings

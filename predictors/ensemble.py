@@ -43,8 +43,9 @@ class EnsembleSettings:
 
 
 class Ensemble(LearnedPredictor[EnsembleSettings]):
-    """Weighted mean of members whose predictions are first brought to normal scores on a reference population.
+    """Weighted mean of gp-graf, gbt-graf and feature-distilled (or others), weights by cross-validation.
 
+    Predictions are first brought to normal scores on a reference population.
     Weights are not negative and fit the out-of-fold predictions to the labels' normal scores by least squares (Breiman,
     Stacked Regressions, 1996), pulled towards equal weights, then divided by their sum. The standard deviation joins
     the members' own with that between them.

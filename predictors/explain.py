@@ -16,7 +16,7 @@ from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 from search_spaces.graph import OpGraph
 
-METHODS = ("auto", "critical", "ablation")
+METHODS = ("ablation", "critical")
 KINDS = ("nodes", "edges")
 ENDS = ("input", "output")
 Edge = tuple[int, int]
@@ -37,12 +37,15 @@ class Explanation:
     prediction: float
 
 
-def explain(predictor: Predictor, graph: OpGraph, method: str = "auto") -> Explanation:
-    """What the prediction of `graph` rests on; method `auto` is `critical` where the predictor has it (CARL)."""
+def explain(predictor: Predictor, graph: OpGraph, method: str = "ablation") -> Explanation:
+    """What the prediction of `graph` rests on.
+
+    method: `ablation`, of any predictor, or `critical`, what CARL learned (measured: docs/predictors/carl.md).
+    """
     return explain_many(predictor, [graph], method)[0]
 
 
-def explain_many(predictor: Predictor, graphs: Sequence[OpGraph], method: str = "auto") -> list[Explanation]:
+def explain_many(predictor: Predictor, graphs: Sequence[OpGraph], method: str = "ablation") -> list[Explanation]:
     """`explain` for each graph, with few calls of the predictor.
 
     Errors: UserError for an unknown method, or `critical` with a predictor that tells no critical parts.
@@ -52,9 +55,10 @@ def explain_many(predictor: Predictor, graphs: Sequence[OpGraph], method: str = 
     split = getattr(predictor, "importances", None)
     if method == "critical" and split is None:
         raise UserError("critical", "a predictor that tells critical parts (carl)", "ablation")
-    if split is None or method == "ablation":
+    if method == "ablation":
         return _by_ablation(predictor, graphs)
     predictions = predictor.predict(graphs)
+    assert split is not None
     nodes, edges = split(graphs)
     return [
         Explanation(
@@ -137,7 +141,7 @@ def deletion_test(
     rng: np.random.Generator,
     *,
     kind: str = "nodes",
-    method: str = "auto",
+    method: str = "ablation",
     draws: int = 10,
 ) -> DeletionTest:
     """Whether what the explanation calls important moves the prediction more than random parts do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,23 +53,37 @@ Target = Annotated[
 
 
 @app.command("list")
-def list_(json: options.Json = False) -> None:
-    """List the predictors with their settings and defaults."""
+def list_(
+    name: Annotated[str | None, typer.Argument(help="One predictor, with its settings.", autocompletion=_names)] = None,
+    json: options.Json = False,
+) -> None:
+    """List the predictors, or the settings of one with their defaults (--setting NAME=VALUE)."""
     from predictors.registry import PREDICTORS, predictor_class
 
     output = Output("predict list", json)
-    listed: list[dict[str, Any]] = []
-    for name in PREDICTORS:
-        try:
-            kind = predictor_class(name)
-        except (ImportError, UserError) as error:  # a missing extra
-            listed.append({"name": name, "settings": {}, "about": f"not here: {error}"})
-            continue
-        about = _first_sentence(kind.__doc__)
-        listed.append({"name": name, "settings": asdict(kind.Settings()), "about": about})
-    rows = [[p["name"], ", ".join(f"{k}={v}" for k, v in p["settings"].items()), p["about"]] for p in listed]
-    output.table(["predictor", "settings (--setting NAME=VALUE)", "what it is"], rows)
+    if name is not None:
+        kind = predictor_class(name)
+        listed = [_described(name)]
+        output.say(inspect.cleandoc(kind.__doc__ or ""))
+        output.say("")
+        output.say(inspect.cleandoc(kind.Settings.__doc__ or ""))
+        output.say("")
+        output.table(["setting", "default"], [[k, str(v)] for k, v in listed[0]["settings"].items()])
+    else:
+        listed = [_described(each) for each in PREDICTORS]
+        output.table(["predictor", "what it is"], [[p["name"], p["about"]] for p in listed])
+        output.say("the settings of one: nas predict list NAME")
     output.finish({"predictors": listed})
+
+
+def _described(name: str) -> dict[str, Any]:
+    from predictors.registry import predictor_class
+
+    try:
+        kind = predictor_class(name)
+    except (ImportError, UserError) as error:  # a missing extra
+        return {"name": name, "settings": {}, "about": f"not here: {error}"}
+    return {"name": name, "settings": asdict(kind.Settings()), "about": _first_sentence(kind.__doc__)}
 
 
 @app.command()
@@ -297,9 +312,7 @@ def explain(
     arch: Annotated[str, typer.Option("--arch", help="An architecture in the space's notation.")],
     out: Annotated[Path, typer.Option("--out", help="Write the drawing to this .svg file.")],
     space: Annotated[str | None, typer.Option(help="A space's name (default: that of the predictor).")] = None,
-    method: Annotated[
-        str, typer.Option(help="critical (what CARL learned), ablation (any predictor), or auto.")
-    ] = "auto",
+    method: Annotated[str, typer.Option(help="ablation (any predictor) or critical (what CARL learned).")] = "ablation",
     json: options.Json = False,
 ) -> None:
     """Draw what a predictor's value of an architecture rests on: importance of operations and edges as colour."""

@@ -102,13 +102,13 @@ def test_few_calls_of_the_predictor():
 
 def test_critical_parts_are_taken_as_they_are():
     graphs = [g for g in cells("nas-bench-101", 6) if len(g) > 3]
-    found = explain_many(Critical("nas-bench-101"), graphs)
+    found = explain_many(Critical("nas-bench-101"), graphs, "critical")
     for graph, one in zip(graphs, found, strict=True):
         assert one.method == "critical"
         assert len(one.nodes) == len(graph)
         assert one.nodes[2] == 0.9
         assert one.edges == {(i, j): 0.8 if i == 1 else 0.1 for i, j in graph.edges()}
-    assert explain(Critical("nas-bench-101"), graphs[0], "ablation").method == "ablation"
+    assert explain(Critical("nas-bench-101"), graphs[0]).method == "ablation"
 
 
 def test_deletion_tells_explanations_that_are_right():

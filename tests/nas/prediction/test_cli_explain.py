@@ -32,7 +32,8 @@ def saved(tmp_path_factory):
 
 def test_critical_parts_of_carl(nas, saved, tmp_path):
     folder = saved("carl")
-    status, out, _ = nas("predict", "explain", folder, "--arch", ARCH, "--out", "e.svg", "--json")
+    command = ("predict", "explain", folder, "--arch", ARCH, "--out", "e.svg", "--method", "critical", "--json")
+    status, out, _ = nas(*command)
     assert status == 0
     result = json.loads(out)
     space = load_space("nas-bench-201")

@@ -225,6 +225,11 @@ def test_list_names_every_predictor(nas):
     found = as_json(nas("predict", "list", "--json"))
     assert [p["name"] for p in found["predictors"]] == list(registry.PREDICTORS)
     assert all(p["about"] for p in found["predictors"])
+    assert as_json(nas("predict", "list", "gp-graf", "--json"))["predictors"][0]["settings"]["kernel"] == "matern-5/2"
+    status, out, _ = nas("predict", "list", "carl")
+    assert status == 0
+    assert "interventions" in out
+    assert nas("predict", "list", "gp-graff")[0] == 2
 
 
 def test_a_predictor_is_searched_and_guides_searches(nas, table, nas_bench_201, tmp_path):
