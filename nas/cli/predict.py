@@ -50,6 +50,10 @@ Target = Annotated[
         " (default: test-mean where there is one).",
     ),
 ]
+PretrainSteps = Annotated[
+    int | None,
+    typer.Option("--pretrain-steps", help="Most steps on unlabelled graphs, of predictors that take them (2000)."),
+]
 
 
 @app.command("list")
@@ -106,6 +110,7 @@ def evaluate(
     setting: Annotated[
         list[str] | None, typer.Option("--setting", help="PREDICTOR.NAME=VALUE, see `nas predict list`; repeatable.")
     ] = None,
+    pretrain_steps: PretrainSteps = None,
     out: Annotated[Path | None, typer.Option(help="Where results are kept (default: a folder below runs/).")] = None,
     seed: options.Seed = 0,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots.")] = None,
@@ -134,7 +139,7 @@ def evaluate(
             protocol=protocol,
             labels=labels,
             target=target,
-            settings=_settings(setting, names),
+            settings=_settings(setting, names, pretrain_steps),
             extra=None if scores is None else _extra(scores, table),
             describe={"command": command_line(), "version": nas.__version__, "environment": environment()},
             progress=progress,
@@ -173,15 +178,27 @@ def _row(result: Result, columns: list[str]) -> list[Any]:
     return [result.predictor, result.train_size, *cells, interval, *seconds]
 
 
-def _settings(given: list[str] | None, names: list[str]) -> dict[str, dict[str, Any]]:
+def _settings(given: list[str] | None, names: list[str], pretrain_steps: int | None) -> dict[str, dict[str, Any]]:
     """`["gp-graf.kernel=rbf"]` -> {"gp-graf": {"kernel": "rbf"}}. Errors: UserError."""
-    settings: dict[str, dict[str, Any]] = {}
+    settings = _budget(names, pretrain_steps)
     for item in given or ():
         name, dot, rest = item.partition(".")
         if not dot or "=" in name:
             raise UserError(item, "a setting as PREDICTOR.NAME=VALUE", f"{names[0]}.{item}")
         settings.setdefault(name, {}).update(options.read_settings([rest]))
     return settings
+
+
+def _budget(names: list[str], steps: int | None) -> dict[str, dict[str, Any]]:
+    """`pretrain_steps` for those of `names` that train on unlabelled graphs first. Errors: UserError if none does."""
+    from predictors.registry import predictor_class
+
+    if steps is None:
+        return {}
+    taking = [name for name in names if getattr(predictor_class(name).Settings(), "mode", "scratch") != "scratch"]
+    if not taking:
+        raise UserError("--pretrain-steps", f"a predictor that is pre-trained; {', '.join(names)} has no budget", "cap")
+    return {name: {"pretrain_steps": steps} for name in taking}
 
 
 def _extra(path: Path, table: Table) -> dict[str, np.ndarray]:
@@ -214,6 +231,7 @@ def train(
     setting: Annotated[
         list[str] | None, typer.Option("--setting", help="NAME=VALUE of the predictor, see `nas predict list`.")
     ] = None,
+    pretrain_steps: PretrainSteps = None,
     warm_from: Annotated[
         str | None,
         typer.Option("--warm-from", help="Start from a search's folder or from a predictor's (of other data, say)."),
@@ -230,7 +248,7 @@ def train(
     if (out / "predictor.json").exists() and not force:
         raise UserError(str(out), "a folder without a predictor (or --force, which replaces it)")
     table = open_table(benchmark)
-    given = options.read_settings(setting)
+    given = _budget([predictor], pretrain_steps).get(predictor, {}) | options.read_settings(setting)
     with output.progress("graphs") as progress:
         found = train_on(
             table,

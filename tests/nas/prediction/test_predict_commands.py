@@ -232,6 +232,16 @@ def test_list_names_every_predictor(nas):
     assert nas("predict", "list", "gp-graff")[0] == 2
 
 
+def test_the_budget_of_pre_training_reaches_those_that_have_one(nas, table):
+    train = ("predict", "train", "--benchmark", "predicted/table", "--train-size", "20", "--pretrain-steps", "3")
+    cheap = ("--setting", "width=8", "--setting", "epochs=2", "--setting", "layers=1", "--out", "ranker", "--json")
+    as_json(nas(*train, "--predictor", "cap", *cheap))
+    assert load_predictor("ranker").settings.pretrain_steps == 3
+    status, _, err = nas(*train, "--predictor", "linear", "--out", "other")
+    assert status == 2
+    assert "--pretrain-steps" in err
+
+
 def test_a_predictor_is_searched_and_guides_searches(nas, table, nas_bench_201, tmp_path):
     train = ("predict", "train", "--benchmark", "predicted/table", "--predictor", "linear", "--train-size", "40")
     as_json(nas(*train, "--out", "ranker", "--json"))
