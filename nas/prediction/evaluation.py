@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ PINAT_SEEDS = 1
 MEMBER = "/"  # auto/gp-graf: a member as it was trained inside the ensemble
 Progress = Callable[[int, int | None], None]
 _FREE = {"format", "predictors", "train_sizes", "seeds", "seed", "strategy", "command", "environment", "version"}
-_FREE |= {"finished"}
+_FREE |= {"finished", "predictor_settings"}
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,10 @@ def evaluate_predictors(
         raise UserError("--predictors", "at least one predictor")
     space = space_text(table.space)
     given = {match(name, names, "a predictor of this evaluation"): dict(s) for name, s in (settings or {}).items()}
+    settings_of = {}
     for name in names:
-        make_predictor(name, space, table.space.vocabulary, **given.get(name, {}))
+        unfitted: Any = make_predictor(name, space, table.space.vocabulary, **given.get(name, {}))
+        settings_of[name] = asdict(unfitted.settings) if hasattr(unfitted, "settings") else given.get(name, {})
     if isinstance(seeds, bool) or seeds < 1:
         raise UserError(seeds, "a number of seeds from 1")
     known = labels_and_targets(table, labels, target)
@@ -146,11 +149,12 @@ def evaluate_predictors(
         "labels": known.label_kind,
         "target": known.target_kind,
         "rows": len(known.rows),
-        "predictor_settings": given,
+        "predictor_settings": json.loads(json.dumps(settings_of)),  # as they are read again
         "extra": sorted(extra or {}),
         **(describe or {}),
     }
     with _open(out, wanted).writing() as run:
+        run.update_settings(predictor_settings=run.settings["predictor_settings"])
         book = _Book(run)
         missing = [(name, [s for s in splits if not book.done(name, s)]) for name in dict.fromkeys(names)]
         total, left = len(splits) * len(missing), sum(len(part) for _, part in missing)
@@ -219,10 +223,15 @@ def _open(path: Path, wanted: Mapping[str, Any]) -> Run:
     run = Run.open(path)
     if run.settings.get("kind") != KIND:
         raise UserError(str(path), "the folder of an evaluation of predictors, or a new one")
-    changed = [k for k in sorted(set(wanted) - _FREE) if run.settings.get(k) != wanted[k]]
-    if changed:
-        listed = "; ".join(f"{k} was {run.settings.get(k)!r}, now {wanted[k]!r}" for k in changed)
+    changed = [(k, run.settings.get(k), wanted[k]) for k in sorted(set(wanted) - _FREE)]
+    known, now = run.settings.get("predictor_settings", {}), wanted["predictor_settings"]
+    for name in sorted(known.keys() & now):  # given or default: results of two settings do not mix
+        keys = dict.fromkeys([*known[name], *now[name]])
+        changed += [(f"{name}.{k}", known[name].get(k), now[name].get(k)) for k in keys]
+    listed = "; ".join(f"{k} was {before!r}, now {after!r}" for k, before, after in changed if before != after)
+    if listed:
         raise UserError(str(path), f"what the evaluation was begun with ({listed}), or another folder")
+    run.settings["predictor_settings"] = {**known, **now}
     return run
 
 

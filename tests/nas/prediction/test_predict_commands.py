@@ -131,6 +131,11 @@ def test_a_folder_serves_one_task(nas, table):
     status, _, err = nas(*EVALUATE, "--train-sizes", "20", "--seeds", "2", "--labels", "test-mean")
     assert status == 2
     assert "labels was 'val-run', now 'test-mean'" in err
+    more = (*EVALUATE[:4], "--predictors", "linear,gp-graf", *EVALUATE[-2:], "--train-sizes", "20", "--seeds", "2")
+    as_json(nas(*more, "--setting", "gp-graf.kernel=rbf", "--json"))  # another predictor, with settings of its own
+    status, _, err = nas(*more)
+    assert status == 2
+    assert "gp-graf.kernel was 'rbf', now 'matern-5/2'" in err
 
 
 def test_what_a_predictor_refuses_does_not_end_the_others(nas, table, monkeypatch):
