@@ -89,9 +89,11 @@ class _AsNow:
 
     def __init__(self, module: Mixed):
         parts = list(module.modules())
+        homes: list[dict[str, Any]] = [part._parameters for part in parts]  # type: ignore[misc]
         self.mixtures = [(part, _setting(part)) for part in parts if isinstance(part, Mixed)]
-        self.parameters = [(m._parameters, name, p) for m in parts for name, p in m._parameters.items()]
-        self.buffers = [(m._buffers, name, b.clone()) for m in parts for name, b in m._buffers.items() if b is not None]
+        self.parameters = [(home, name, parameter) for home in homes for name, parameter in home.items()]
+        homes = [part._buffers for part in parts]  # type: ignore[misc]
+        self.buffers = [(home, name, b.clone()) for home in homes for name, b in home.items() if b is not None]
 
     def __enter__(self) -> None:
         self.settings = [_setting(part) for part, _ in self.mixtures]

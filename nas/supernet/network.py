@@ -110,7 +110,7 @@ class Supernet(nn.Module):
             for label, alpha in self.alphas.items()
             if label not in self.fixed
         }
-        scales = {}
+        scales: dict[str, torch.Tensor] = {}
         for node, beta in self.betas.items():
             if not self.fixed.issuperset(self.nodes[node]):
                 scales.update(zip(self.nodes[node], beta.softmax(0)))
