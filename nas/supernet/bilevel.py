@@ -4,7 +4,8 @@
 
 Nothing here knows a network. A loss is a function without arguments that reads the weights and alphas where they lie;
 called twice it must give the same value, so noise (drop-path, sampled paths) is fixed or redrawn from a saved state.
-`p.grad` is left alone: gradients are returned, and `set_gradients` hands them to an optimiser.
+Gradients are returned and `p.grad` is left alone (but by `relaxed_step`, which takes its steps itself);
+`set_gradients` hands them to an optimiser.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def second_order(
     with dampening or maximisation.
     """
     weights, plain, decays, momenta = _step_of(optimizer)
-    with kept([*weights, *buffers]):
+    with kept(buffers):
         slopes = torch.autograd.grad(train_loss(), weights, allow_unused=True)
         # As in SGD, a weight that the loss does not use stands still.
         moved = [i for i, slope in enumerate(slopes) if slope is not None]
@@ -79,6 +80,7 @@ def relaxed_step(
     *,
     train_weight: float,
     coupling: float,
+    clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One iteration of RARTS's single-level problem; the training and validation losses that alpha's step saw.
 
@@ -87,8 +89,9 @@ def relaxed_step(
         L = L_val(y, alpha) + train_weight * L_train(w, alpha) + coupling / 2 * ||y - w||^2
 
     descended by w, then y, then alpha, each seeing the steps before it, without second derivatives. `train_optimizer`
-    holds w, which `train_loss` reads; `val_optimizer` holds y in the same order, which `val_loss` reads. The minimum
-    tends to the two-level solution as both factors grow, and is off it at finite ones. Source: Xue, Qi and Xin 2022
+    holds w, which `train_loss` reads; `val_optimizer` holds y in the same order, which `val_loss` reads. clip: the
+    largest norm of the gradient of either copy, with its attraction (None = any). The minimum tends to the two-level
+    solution as both factors grow, and is off it at finite ones. Source: Xue, Qi and Xin 2022
     (RARTS, arXiv 2008.03901); no code of the authors was found to compare with, so neither factor has a default.
     Errors: UserError for copies of different shapes or factors that are not positive.
     """
@@ -103,6 +106,8 @@ def relaxed_step(
     def descend(optimizer: torch.optim.Optimizer, own: list[Tensor], loss: Tensor, other: list[Tensor]) -> None:
         slopes = gradients(loss, own)
         set_gradients(own, [g + coupling * (a.detach() - b.detach()) for g, a, b in zip(slopes, own, other)])
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(own, clip)
         optimizer.step()
 
     descend(train_optimizer, w, train_weight * train_loss(), y)

@@ -98,6 +98,24 @@ def test_finite_difference_second_order_is_near_the_exact_one(settings):
     assert errors[1] < 0.02 * errors[0]
 
 
+def test_the_default_difference_serves_in_single_precision():
+    """Where a much smaller radius would drown in rounding."""
+    problem = Smooth(1)
+    for p in (*problem.weights, *problem.alphas):
+        p.data = p.data.float()
+    problem.batches = {name: (x.float(), y.float()) for name, (x, y) in problem.batches.items()}
+    optimizer = warmed(problem, SETTINGS[1])
+    _, exact = second_order(problem.train, problem.val, problem.alphas, optimizer, exact=True)
+    through = [e - d for e, d in zip(exact, first_order(problem.val, problem.alphas)[1])]
+    errors = []
+    for radius in (0.01, 1e-6):
+        _, found = second_order(problem.train, problem.val, problem.alphas, optimizer, radius=radius)
+        errors.append(max((a - b).abs().max().item() for a, b in zip(found, exact)))
+    largest = max(t.abs().max().item() for t in through)
+    assert errors[0] < 0.01 * largest
+    assert errors[1] > 10 * errors[0]
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_loss_returned_is_the_one_after_torchs_own_step(settings):
     problem = Smooth(2)
@@ -251,9 +269,9 @@ def train_loss(alpha, w):
 def search(start, xi, order):
     alpha, w = scalar(start[0]), scalar(start[1])
     weights = torch.optim.SGD([w], lr=xi)
-    architecture = torch.optim.SGD([alpha], lr=0.3)
+    architecture = torch.optim.SGD([alpha], lr=0.5)
     train, val = train_loss(alpha, w), val_loss(alpha, w)
-    for _ in range(60):
+    for _ in range(40):
         _, slopes = first_order(val, [alpha]) if order == 1 else second_order(train, val, [alpha], weights)
         set_gradients([alpha], slopes)
         architecture.step()
@@ -279,7 +297,7 @@ def test_on_darts_example_shorter_unrolled_steps_rest_between(xi):
 def relaxed(start, factor, steps):
     """RARTS with train_weight = coupling = factor; the rates follow the curvature of the penalties."""
     alpha, w, y = scalar(start[0]), scalar(start[1]), scalar(start[1])
-    optimizers = [torch.optim.SGD([p], lr=lr / factor, momentum=0.7) for p, lr in ((w, 0.15), (y, 0.5), (alpha, 0.25))]
+    optimizers = [torch.optim.SGD([p], lr=lr / factor, momentum=0.5) for p, lr in ((w, 0.4), (y, 0.3), (alpha, 0.6))]
     for _ in range(steps):
         relaxed_step(train_loss(alpha, w), val_loss(alpha, y), *optimizers, train_weight=factor, coupling=factor)
     return alpha.item(), w.item(), y.item()
@@ -288,17 +306,18 @@ def relaxed(start, factor, steps):
 @pytest.mark.parametrize("start", STARTS)
 def test_on_darts_example_rarts_finds_the_solution(start):
     """Without second derivatives; the penalties leave alpha = 1 / (1 - 1/(4 lambda) - 1/(2 beta)), 1.5 % off at 50."""
-    alpha, w, y = relaxed(start, 50.0, 300)
+    alpha, w, y = relaxed(start, 50.0, 140)
     assert alpha == pytest.approx(1 / (1 - 1 / 200 - 1 / 100), abs=1e-4)
     assert (alpha, w, y) == pytest.approx((1, 1, 1), abs=0.03)
 
 
 def test_rarts_approaches_the_solution_as_its_factors_grow():
-    found = [relaxed((2.0, -2.0), factor, 200)[0] for factor in (2.0, 6.0, 18.0)]
+    found = [relaxed((2.0, -2.0), factor, 120)[0] for factor in (2.0, 6.0, 18.0)]
     assert found == pytest.approx([1 / (1 - 0.75 / factor) for factor in (2.0, 6.0, 18.0)], abs=1e-3)
 
 
-def test_a_relaxed_step_is_three_descents_in_turn():
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_relaxed_step_is_three_descents_in_turn(clip):
     """Against the same three steps written out on the whole objective with its own gradients."""
     problem, other = Smooth(5), Smooth(6)
     other.alphas, factor, coupling, rate = problem.alphas, 1.7, 0.6, 0.05
@@ -313,12 +332,16 @@ def test_a_relaxed_step_is_three_descents_in_turn():
         for p in group:
             p.requires_grad_()
         slopes = torch.autograd.grad(objective(), group)
+        norm = math.sqrt(sum(slope.square().sum().item() for slope in slopes))
+        if clip is not None and group is not alphas:
+            assert norm > clip
+            slopes = [slope * clip / norm for slope in slopes]
         for p, slope in zip(group, slopes):
             p.requires_grad_(False).sub_(rate * slope)
     optimizers = [torch.optim.SGD(p, lr=rate) for p in (problem.weights, other.weights, problem.alphas)]
-    losses = relaxed_step(problem.train, other.val, *optimizers, train_weight=factor, coupling=coupling)
+    losses = relaxed_step(problem.train, other.val, *optimizers, train_weight=factor, coupling=coupling, clip=clip)
     for found, expected in zip([*problem.weights, *other.weights, *problem.alphas], [*w, *y, *alphas]):
-        torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-5 if clip else 1e-12, atol=1e-7 if clip else 1e-14)
     assert all(math.isfinite(loss.item()) and not loss.requires_grad for loss in losses)
 
 
