@@ -33,6 +33,8 @@ SPECTRA = {
     "one value": [2.0] * 6,
     "flat": [0.0] * 4,
     "one outlier": [50.0] + [0.01 * i for i in range(30)],
+    "one end found long before the other": [10.0] + [0.1 * i - 5 for i in range(80)],
+    "the other end long before": [-10.0] + [5 - 0.1 * i for i in range(80)],
     "plus and minus": [7.0, -7.0, 7.0, -7.0, 0.0],
     "one alpha": [-1.5],
 }
@@ -47,7 +49,7 @@ def test_known_spectra(name):
 
 
 def test_fewer_products_than_dimensions_do():
-    """A step an eigenvalue that differs: 3 for 40 alphas of 3 values; an outlier is found long before 200 steps."""
+    """One for each different eigenvalue: 3 for 40 alphas; the loss itself is called once."""
     counted = []
 
     def counting(loss):
