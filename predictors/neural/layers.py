@@ -110,7 +110,8 @@ class MaskedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if not self.training:
-            return torch.addcmul(self.bias, x - self.mean, self.weight * (self.variance + self.eps).rsqrt())
+            scale = self.weight * (self.variance + self.eps).rsqrt()
+            return torch.addcmul(self.bias - self.mean * scale, x, scale)
         stack, width = x.shape[0], x.shape[-1]
         real = mask.reshape(stack, 1, -1).to(x.dtype)
         count = real.sum(2, keepdim=True).clamp(min=1)
