@@ -110,13 +110,14 @@ class Ensemble(LearnedPredictor[EnsembleSettings]):
         columns = dict(zip(self.extra_names, extra.T, strict=True))
         if not std:
             return self.combine(self.member_predictions(table, extra=columns)), np.full(len(table), np.nan)
-        means, seconds = {}, np.zeros(len(table))
+        mean, second = np.zeros(len(table)), np.zeros(len(table))
         for name, member in self._members.items():
-            means[name], own = member.predict(table, extra=columns, return_std=True)
+            values, own = member.predict(table, extra=columns, return_std=True)
+            place = to_normal_scores(values, self._references[name])
             own = np.nan_to_num(own / max(self._references[name].std(), 1e-12))
-            seconds += self.weights[name] * (to_normal_scores(means[name], self._references[name]) ** 2 + own**2)
-        mean = self.combine(means)
-        return mean, np.sqrt(np.maximum(seconds - mean**2, 0))
+            mean += self.weights[name] * place
+            second += self.weights[name] * (place**2 + own**2)
+        return mean, np.sqrt(np.maximum(second - mean**2, 0))
 
     def _state(self) -> dict[str, np.ndarray]:
         state = {"weights": np.array([self.weights[name] for name in self._members])}

@@ -335,7 +335,7 @@ def explain(
 ) -> None:
     """Draw what a predictor's value of an architecture rests on: importance of operations and edges as colour."""
     from nas.prediction.ranking import load_for
-    from nas.prediction.transfer import load_saved
+    from predictors.base import read_header
     from predictors.explain import draw_explanation, removable
     from predictors.explain import explain as explain_graph
     from search_spaces.common.files import atomic_write
@@ -344,7 +344,7 @@ def explain(
     output = Output("predict explain", json)
     if out.suffix.lower() != ".svg":
         raise UserError(str(out), "a file that ends in .svg", str(out.with_suffix(".svg")))
-    found_space = load_space(load_saved(folder).space_name if space is None else space)
+    found_space = load_space(read_header(folder)["space"] if space is None else space)
     predictor = load_for(folder, found_space)
     decoded = found_space.decode(arch)
     graph, text = found_space.graph(decoded), found_space.encode(decoded)

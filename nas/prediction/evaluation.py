@@ -154,7 +154,8 @@ def evaluate_predictors(
         **(describe or {}),
     }
     with _open(out, wanted).writing() as run:
-        run.update_settings(predictor_settings=run.settings["predictor_settings"])
+        known_settings = run.settings.get("predictor_settings", {})
+        run.update_settings(predictor_settings={**known_settings, **wanted["predictor_settings"]})
         book = _Book(run)
         missing = [(name, [s for s in splits if not book.done(name, s)]) for name in dict.fromkeys(names)]
         total, left = len(splits) * len(missing), sum(len(part) for _, part in missing)
@@ -231,7 +232,6 @@ def _open(path: Path, wanted: Mapping[str, Any]) -> Run:
     listed = "; ".join(f"{k} was {before!r}, now {after!r}" for k, before, after in changed if before != after)
     if listed:
         raise UserError(str(path), f"what the evaluation was begun with ({listed}), or another folder")
-    run.settings["predictor_settings"] = {**known, **now}
     return run
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.table import Table
 from nas.prediction.tables import Labelled, graphs_of, labels_and_targets
 from nas.prediction.transfer import AnyPredictor, load_saved, warm_start
-from predictors.base import LearnedPredictor
+from predictors.base import LearnedPredictor, read_header
 from predictors.evaluation import Split, make_splits, rank_quality, read_size
 from predictors.graphs import GraphTable, as_table
 from predictors.registry import make_predictor
@@ -112,7 +112,7 @@ def rank_space(
     50,000, else 10,000. Of one key only the first counts. Errors: UserError.
     """
     if space is None:
-        space = load_space(load_saved(folder).space_name)
+        space = load_space(read_header(folder)["space"])
     predictor = load_for(folder, space)
     for option, value in (("--top", top), ("--sample", sample)):
         if value is not None and (isinstance(value, bool) or value < 1):

@@ -101,10 +101,12 @@ class WarmStarted:
         return_std: bool = False,
     ) -> Any:
         """[N] predictions; with `return_std` also the standard deviations of the correction, on the same scale."""
-        mean, deviation = self.correction.predict(graphs, return_std=True)
         table = as_table(graphs, self.vocabulary)
-        found = self.slope * (self.source.predict(table) - self.centre) + self.gain * mean
-        return (found, max(self.gain, 1e-3) * deviation) if return_std else found
+        start = self.slope * (self.source.predict(table) - self.centre)
+        if not return_std:
+            return start + self.gain * self.correction.predict(table)
+        mean, deviation = self.correction.predict(table, return_std=True)
+        return start + self.gain * mean, max(self.gain, 1e-3) * deviation
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write both predictors as `source/` and `correction/`, and `predictor.json`. Errors: UserError."""

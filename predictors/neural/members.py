@@ -16,15 +16,13 @@ from predictors.base import LearnedPredictor
 from predictors.features import Standardizer
 from predictors.graphs import GraphTable
 from predictors.labels import Target, scaled
-from predictors.neural.batch import GraphBatch
+from predictors.neural.batch import GraphBatch, graph_batch
 from predictors.neural.layers import Generators, initialize, use_generators
-from predictors.neural.training import Progress, on_device, predict
+from predictors.neural.training import DEVICES, PREDICTED_AT_ONCE, Progress, device_of, on_device, predict
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 from search_spaces.graph import OpGraph
 
-DEVICES = ("auto", "cpu", "cuda")
-PREDICTED_AT_ONCE = 65_536  # graphs turned into tensors at a time
 Objective = Callable[[GraphBatch, Tensor], Tensor]  # a batch [S, B] and its targets [S, B] -> [S]
 
 
@@ -53,6 +51,12 @@ class StackSettings:
             if getattr(self, name) < least:
                 raise UserError(getattr(self, name), f"{name} of at least {least}")
 
+    def below_one(self, *names: str) -> None:
+        """Errors: UserError for a setting below 0, or of 1 or more."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(getattr(self, name), f"{name} from 0 to below 1")
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -79,8 +83,9 @@ class StackedPredictor(LearnedPredictor[Any]):
         raise NotImplementedError
 
     def _tensors(self, table: GraphTable, columns: np.ndarray) -> GraphBatch:
-        """The inputs of the network; `columns` are the extra ones, standardised."""
-        raise NotImplementedError
+        """The inputs of the network: the graphs, unless a subclass sees something else of them; `columns` are the extra
+        ones, standardised."""
+        return graph_batch(table, self._parts, columns=columns)
 
     def _learn(
         self, model: nn.Module, graphs: GraphBatch, rows: Tensor, pool: Tensor, targets: Tensor, generators: Generators
@@ -179,13 +184,6 @@ class StackedPredictor(LearnedPredictor[Any]):
         model = self._network(self.settings.members, columns)
         model.load_state_dict({k[6:]: torch.from_numpy(v) for k, v in state.items() if k.startswith("model.")})
         self._model = model.to(device_of(self.settings.device)).requires_grad_(False)
-
-
-def device_of(wanted: str) -> torch.device:
-    """auto, cpu or cuda as a device. Errors: UserError for cuda where there is no GPU."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("cuda", "a device of this machine: there is no GPU", "cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def vectors(columns: np.ndarray) -> GraphBatch:

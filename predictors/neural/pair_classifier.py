@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from scipy.special import expit
 from torch import Tensor, nn
 
-from predictors.graphs import GraphTable
-from predictors.neural.batch import GraphBatch, graph_batch
+from predictors.neural.batch import GraphBatch
 from predictors.neural.layers import Dropout, Embedding, Generators, LayerNorm, Linear
 from predictors.neural.members import StackedPredictor, StackSettings, descend
 from predictors.neural.training import predict
-from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 
 ANSWERS = ("soft", "hard")
@@ -43,8 +41,7 @@ class PairClassifierSettings(StackSettings):
         super().__post_init__()
         self.at_least(1, "width", "layers")
         match(self.answers, ANSWERS, "a kind of answers")
-        if not 0 <= self.dropout < 1:
-            raise UserError(self.dropout, "dropout from 0 to below 1")
+        self.below_one("dropout")
 
 
 class PairNetwork(nn.Module):
@@ -129,9 +126,6 @@ class PairClassifier(StackedPredictor):
             dropout=s.dropout,
             parts=len(self._parts),
         )
-
-    def _tensors(self, table: GraphTable, columns: np.ndarray) -> GraphBatch:
-        return graph_batch(table, self._parts, columns=columns)
 
     def _raw(self, graphs: GraphBatch) -> np.ndarray:
         assert self._data is not None

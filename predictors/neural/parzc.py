@@ -44,8 +44,7 @@ class ParzcSettings(StackSettings):
         self.at_least(1, "patches", "patch", "blocks", "draws")
         self.at_least(2, "width")
         loss_at(self.loss, 0)
-        if not 0 <= self.dropout < 1:
-            raise UserError(self.dropout, "dropout from 0 to below 1")
+        self.below_one("dropout")
 
 
 class BayesianLinear(Linear):

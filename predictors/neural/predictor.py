@@ -21,14 +21,20 @@ from predictors.neural.encoders import BLOCKS, POSITIONS, Encoder, pooled
 from predictors.neural.layers import Dropout, LayerNorm, Linear, PReLU, initialize
 from predictors.neural.losses import loss_at
 from predictors.neural.tasks import SCORES, TASKS
-from predictors.neural.training import Progress, Schedule, predict, train
+from predictors.neural.training import (
+    DEVICES,
+    PREDICTED_AT_ONCE,
+    Progress,
+    Schedule,
+    device_of,
+    predict,
+    train,
+)
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
 from search_spaces.graph import OpGraph
 
 MODES = ("scratch", "frozen", "partial", "full")
-DEVICES = ("auto", "cpu", "cuda")
-PREDICTED_AT_ONCE = 65_536  # graphs turned into tensors at a time
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class NeuralPredictor(LearnedPredictor[NeuralSettings]):
         parts = tuple(sorted(table.part_names))
         if settings.mode != "scratch":
             self.pretrained = pretraining.pretrained_encoder(
-                self.space_name, self.vocabulary, unlabelled, settings, self._device(), self.progress
+                self.space_name, self.vocabulary, unlabelled, settings, device_of(self.settings.device), self.progress
             )
             parts = self.pretrained.parts
         self._parts = parts
@@ -210,12 +216,6 @@ class NeuralPredictor(LearnedPredictor[NeuralSettings]):
     def _tensors(self, table: GraphTable, columns: np.ndarray) -> GraphBatch:
         return graph_batch(table, self._parts, positions=POSITIONS.get(self.settings.encoder, 0), columns=columns)
 
-    def _device(self) -> torch.device:
-        wanted = self.settings.device
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise UserError("cuda", "a device of this machine: there is no GPU", "cpu")
-        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
     def _member_predictions(self, table: GraphTable, columns: np.ndarray) -> np.ndarray:
         """float64 [members, N], as the networks give them."""
         parts = []
@@ -253,13 +253,13 @@ class NeuralPredictor(LearnedPredictor[NeuralSettings]):
         model = self._new_model(self.settings.members, columns)
         weights = {name[6:]: torch.from_numpy(v) for name, v in state.items() if name.startswith("model.")}
         model.load_state_dict(weights)
-        self._model = model.to(self._device())
+        self._model = model.to(device_of(self.settings.device))
 
 
 def _train_together(predictors: Sequence[Any]) -> None:
     """Train predictors of one shape as one stack and give each its members."""
     first = predictors[0]
-    settings, device = first.settings, first._device()
+    settings, device = first.settings, device_of(first.settings.device)
     problems: list[_Problem] = [predictor._problem for predictor in predictors]
     size = len(problems[0].y)
     generators = [torch.Generator().manual_seed(seed) for problem in problems for seed in problem.seeds]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from predictors.graphs import MOST_NODES, GraphTable, concatenate
-from predictors.neural.batch import GraphBatch, graph_batch
+from predictors.neural.batch import GraphBatch
 from predictors.neural.layers import Dropout, Embedding, Generators, Linear
 from predictors.neural.members import StackedPredictor, StackSettings, descend
 from search_spaces.common.errors import UserError
@@ -40,8 +40,7 @@ class SemiSupervisedSettings(StackSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "pretrain_steps", "synthetic", "width", "inner")
-        if not 0 <= self.dropout < 1:
-            raise UserError(self.dropout, "dropout from 0 to below 1")
+        self.below_one("dropout")
         if not 0 < self.trade_off <= 1:
             raise UserError(self.trade_off, "a trade_off above 0, at most 1")
 
@@ -198,9 +197,6 @@ class SemiSupervised(StackedPredictor):
             dropout=s.dropout,
             parts=len(self._parts),
         )
-
-    def _tensors(self, table: GraphTable, columns: np.ndarray) -> GraphBatch:
-        return graph_batch(table, self._parts, columns=columns)
 
     def _learn(
         self, model: nn.Module, graphs: GraphBatch, rows: Tensor, pool: Tensor, targets: Tensor, generators: Generators

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from predictors.neural.batch import GraphBatch
 from predictors.neural.layers import Generators, use_generators
 from predictors.neural.losses import loss_at
+from search_spaces.common.errors import UserError
 
 log = logging.getLogger("nasforge.predictors")
+DEVICES = ("auto", "cpu", "cuda")
+PREDICTED_AT_ONCE = 65_536  # graphs turned into tensors at a time
 CHUNK = 4096  # graphs at a time in prediction: their activations stay in the cache
 Progress = Callable[[int, int], None]  # (epochs done, epochs)
 Network = Callable[[GraphBatch], Tensor]
@@ -135,13 +138,13 @@ class _EarlyStop:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, stack: int, graphs: GraphBatch, chunk: int = CHUNK) -> Tensor:
+def predict(model: nn.Module, stack: int, graphs: GraphBatch) -> Tensor:
     """float32 [S, N] on the CPU: every member's scores of all graphs [N, ...], which it reads in chunks."""
     model.eval()
     device = next(model.parameters()).device
     parts = []
-    for start in range(0, len(graphs), chunk):
-        rows = torch.arange(start, min(start + chunk, len(graphs)))
+    for start in range(0, len(graphs), CHUNK):
+        rows = torch.arange(start, min(start + CHUNK, len(graphs)))
         parts.append(model(graphs.rows(rows.to(graphs.ops.device)).to(device).stacked(stack)).cpu())
     return torch.cat(parts, 1)
 
@@ -158,6 +161,13 @@ def _train_mode(model: nn.Module, frozen: list[nn.Module]) -> None:
     model.train()
     for module in frozen:
         module.eval()
+
+
+def device_of(wanted: str) -> torch.device:
+    """auto, cpu or cuda as a device. Errors: UserError for cuda where there is no GPU."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("cuda", "a device of this machine: there is no GPU", "cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def on_device(device: torch.device, generators: Generators) -> Generators:
