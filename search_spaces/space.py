@@ -168,5 +168,22 @@ class TupleSpace(SearchSpace[tuple[int, ...]]):
         return itertools.product(*(range(size) for size in self.sizes))
 
 
+def places(space: TupleSpace) -> list[dict[str, list[int]]]:
+    """Per position of an architecture {label of a Choice: candidate index of every value}.
+
+    Errors: UserError where a label depends on several positions, or the space has no choices.
+    """
+    base = (0,) * len(space.sizes)
+    found: list[dict[str, list[int]]] = []
+    for position, size in enumerate(space.sizes):
+        options = [space.select((*base[:position], v, *base[position + 1 :])) for v in range(size)]
+        labels = [label for label in options[0] if len({option[label] for option in options}) > 1]
+        found.append({label: [option[label] for option in options] for label in labels})
+    every = [label for labels in found for label in labels]
+    if len(set(every)) < len(every) or not all(found):
+        raise UserError(space.name, "a space with choices of its own for each position of an architecture")
+    return found
+
+
 def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -16,7 +16,7 @@ from nas.strategies.strategy import Strategy, positive
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
 from search_spaces.registry import space_text
-from search_spaces.space import SearchSpace, TupleSpace
+from search_spaces.space import SearchSpace, TupleSpace, places
 from zero_cost.correlation import average_ranks
 from zero_cost.watch import Watch, argument, is_relu
 
@@ -194,20 +194,3 @@ def linear_regions(network: nn.Module, inputs: torch.Tensor) -> int:
     with torch.no_grad(), Watch(handle):
         network.train()(inputs)
     return len(codes.unique())
-
-
-def places(space: TupleSpace) -> list[dict[str, list[int]]]:
-    """Per position of an architecture {label of a Choice: candidate index of every value}.
-
-    Errors: UserError where a label depends on several positions, or the space has no choices.
-    """
-    base = (0,) * len(space.sizes)
-    found: list[dict[str, list[int]]] = []
-    for position, size in enumerate(space.sizes):
-        options = [space.select((*base[:position], v, *base[position + 1 :])) for v in range(size)]
-        labels = [label for label in options[0] if len({option[label] for option in options}) > 1]
-        found.append({label: [option[label] for option in options] for label in labels})
-    every = [label for labels in found for label in labels]
-    if len(set(every)) < len(every) or not all(found):
-        raise UserError(space.name, "a space with choices of its own for each position of an architecture")
-    return found

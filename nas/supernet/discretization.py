@@ -12,7 +12,7 @@ from search_spaces.cells.darts_network import OPERATIONS
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
 from search_spaces.layered import LayeredArchitecture, LayeredSpace
-from search_spaces.space import SearchSpace, TupleSpace
+from search_spaces.space import SearchSpace, TupleSpace, places
 
 Parameters = Mapping[str, torch.Tensor]
 Strength = Callable[[torch.Tensor], torch.Tensor]
@@ -76,14 +76,11 @@ def genotype(alphas: Parameters, betas: Parameters | None = None, strength: Stre
 def _tuple(space: TupleSpace, alphas: Parameters) -> tuple[int, ...]:
     """The tuple that `space.select` turns into the strongest candidates."""
     arch: list[int] = []
-    for position, size in enumerate(space.sizes):
-        base = (0,) * len(space.sizes)
-        options = [space.select((*base[:position], value, *base[position + 1 :])) for value in range(size)]
-        labels = [label for label in options[0] if len({option[label] for option in options}) == size]
+    for found, size in zip(places(space), space.sizes, strict=True):
+        labels = [label for label, indices in found.items() if len(set(indices)) == size]
         if len(labels) != 1:
             raise UserError(space.name, "a space with one Choice for every position of an architecture")
-        chosen = _strongest(alphas, labels[0], size)
-        arch.append([option[labels[0]] for option in options].index(chosen))
+        arch.append(found[labels[0]].index(_strongest(alphas, labels[0], size)))
     return tuple(arch)
 
 
