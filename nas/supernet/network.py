@@ -218,7 +218,7 @@ class _Replacement:
             if self.partial and module.label in self.edges:
                 if not isinstance(narrow, Choice) or len(narrow.candidates) != len(module.candidates):
                     raise UserError(module.label, "a narrow network with the same Choices at the same places")
-                k, source, narrow = self.partial.k, narrow, narrow
+                k, source = self.partial.k, narrow
             # Within a checkpointed mixture everything is computed again anyway.
             candidates = [
                 self._replaced(candidate, _candidate(narrow, index), False)
