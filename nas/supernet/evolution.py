@@ -78,7 +78,9 @@ def evolve(
         parents = [arch for arch, _ in ranked()[: settings.parents]]
         plan = [_random] * settings.population
         if parents:
-            plan[: settings.crossover + settings.mutation] = [_child] * settings.crossover + [_mutant] * settings.mutation
+            plan[: settings.crossover + settings.mutation] = [_child] * settings.crossover + [
+                _mutant
+            ] * settings.mutation
         found = 0
         for make in plan:
             for attempt in range(2 * ATTEMPTS):

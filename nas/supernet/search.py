@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,9 @@ def open_supernet(run: Run, seed: int | None = None) -> tuple[SearchTask, Search
     folder = _folder(run, seed)
     for path in checkpoints(folder):
         with contextlib.suppress(DamagedCheckpoint):
-            state = start(make_supernet(load_space(task.space), task.recipe, data, seed=seed), data, task.recipe, seed=seed)
+            state = start(
+                make_supernet(load_space(task.space), task.recipe, data, seed=seed), data, task.recipe, seed=seed
+            )
             load_state_dict(state, read(path))
             return task, state, data
     raise UserError(str(folder), "a search with a checkpoint that can be read")
@@ -208,9 +209,7 @@ class _Session:
         with training_errors(self.task.recipe.training.batch_size):
             self.data_there = self.data.to(self.device)
 
-    def search(
-        self, index: int, seed: int, progress: Progress | None, on_epoch: Callable[[Row], None] | None
-    ) -> None:
+    def search(self, index: int, seed: int, progress: Progress | None, on_epoch: Callable[[Row], None] | None) -> None:
         """Search with one seed to the end, unless that was done before."""
         status = {r.id: r.status for r in self.run.trials()}.get(index)
         if status not in (None, "asked"):
@@ -222,8 +221,10 @@ class _Session:
             self.run.log(f"seed {seed}: goes on at step {state.step} of {last}")
         count = None
         if progress is not None:
+
             def count(step: int) -> None:
                 progress(index * last + step, len(self.seeds) * last)
+
         while state.epoch < recipe.epochs and state.stopped is None:
             means = run_epoch(state, recipe, count)
             if not state.failed and not _finite(state.supernet):

@@ -202,9 +202,7 @@ def _descend_alphas(state: SearchState, recipe: Recipe, loss: float) -> None:
     state.alpha_optimizer.zero_grad(set_to_none=True)
 
 
-def _weight_step(
-    state: SearchState, recipe: Recipe, batch: Batch, epoch: int, totals: _Totals, *, both: bool
-) -> None:
+def _weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, totals: _Totals, *, both: bool) -> None:
     """One step of the weights; `both`: of the alphas too, by the same loss."""
     supernet = state.supernet
     draw = supernet.draw()
