@@ -131,12 +131,11 @@ def _search(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any],
         output.warn(f"{len(seeds) - len(done)} of {len(seeds)} seeds broke down")
     best = find_architecture(f"{out}:best")
     metrics = dict(best.record.metrics or {})
+    shared, mixture = metrics["val_acc"], metrics["mixture_val_acc"]
     lines: dict[str, Any] = {
         "recipe": f"{task.recipe.name} ({describe.get('scale', 'full')})",
         "arch": best.record.arch,
-    }
-    lines |= {
-        "val_acc": f"{metrics['val_acc']:.2f} with shared weights, {metrics['mixture_val_acc']:.2f} of the whole supernet",
+        "val_acc": f"{shared:.2f} with shared weights, {mixture:.2f} of the whole supernet",
         "skip_share": metrics["skip_share"],
         "epochs": int(metrics["epochs"]),
         "seconds": metrics["search_seconds"],

@@ -1,4 +1,4 @@
-"""Recipe: a differentiable search as plain values; every part is chosen by name, so that two recipes can be compared."""
+"""Recipe: a differentiable search as plain values; its parts are chosen by name, so that recipes can be compared."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def diff(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
 def _typed(name: str, default: Any, value: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if default is not None and value is not None and not isinstance(value, type(default)):
-        if not (isinstance(default, tuple) and isinstance(value, list)):
-            raise UserError(value, f"{name} as {type(default).__name__}, such as {default!r}")
+    fits = isinstance(value, type(default)) or (isinstance(default, tuple) and isinstance(value, list))
+    if default is not None and value is not None and not fits:
+        raise UserError(value, f"{name} as {type(default).__name__}, such as {default!r}")
     return value

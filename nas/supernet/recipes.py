@@ -175,7 +175,8 @@ SOURCES: dict[str, Mapping[str, str]] = {
         "partial, edge_normalisation": "yuhuixu1993/PC-DARTS b74702f, model_search.py",
     },
     "pc-darts-imagenet": {
-        "batch_size, learning_rate, final_rate, warmup_epochs, alpha_rate, alpha_clip, alpha_warmup_epochs": _PC_IMAGENET,
+        "batch_size, learning_rate, final_rate, warmup_epochs": _PC_IMAGENET,
+        "alpha_rate, alpha_clip, alpha_warmup_epochs": _PC_IMAGENET,
         "partial, edge_normalisation, stem": "yuhuixu1993/PC-DARTS b74702f, model_search_imagenet.py: C // 2",
         "weight_images, alpha_images": "the code's README: 10 % and 2.5 % of every class",
         "padding": "random resized crops there; the data come cropped here (recollection)",
@@ -205,7 +206,7 @@ SOURCES: dict[str, Mapping[str, str]] = {
     "sdarts-rs": {"perturbation": "xiangning-chen/SmoothDARTS d3dbfed, sota/cnn/train_search.py"},
     "sdarts-adv": {"perturbation": "xiangning-chen/SmoothDARTS d3dbfed, attacker/perturb.py"},
     "fairdarts": {
-        "batch_size, learning_rate, alpha_rate": "xiaomi-automl/FairDARTS 270cfc9; its decay .9 of alpha_rate is left out",
+        "batch_size, learning_rate, alpha_rate": "xiaomi-automl/FairDARTS 270cfc9, without its decay .9 of alpha_rate",
         "regularizer, regularizer_weight, relaxation": "xiaomi-automl/FairDARTS, fairdarts/separate_loss.py",
         "discretization": "the strongest two edges; the authors keep at most two whose gate is above .85",
     },

@@ -67,8 +67,10 @@ def start(supernet: Supernet, data: Dataset, recipe: Recipe, *, seed: int) -> Se
     if recipe.solver != "weights-only":
         if recipe.solver != "single-level":
             alpha_batches = make_batches(replace(data, train=data.val), recipe.training, seed=seed + ALPHA_SEED)
-        settings = {"lr": recipe.alpha_rate, "betas": recipe.alpha_betas, "weight_decay": recipe.alpha_decay}
-        optimizer = torch.optim.Adam(supernet.architecture_parameters(), **settings)
+        alphas = supernet.architecture_parameters()
+        optimizer = torch.optim.Adam(
+            alphas, lr=recipe.alpha_rate, betas=recipe.alpha_betas, weight_decay=recipe.alpha_decay
+        )
     random = {"cpu": torch.Generator().manual_seed(seed + 1).get_state()}
     if device.type == "cuda":
         random["cuda"] = torch.Generator(device).manual_seed(seed + 1).get_state()
@@ -282,13 +284,16 @@ def curvature(state: SearchState, recipe: Recipe) -> float:
     before = supernet.generator.get_state()
     supernet.train()
     try:
-        with kept(list(supernet.network.buffers())), random_states(random, state.device):
-            with training_errors(recipe.training.batch_size):
-                _, largest = extreme_eigenvalues(
-                    lambda: cross_entropy(supernet(held_out.images), held_out, recipe),
-                    list(supernet.alphas.values()),
-                    torch.Generator().manual_seed(state.step),
-                )
+        with (
+            kept(list(supernet.network.buffers())),
+            random_states(random, state.device),
+            training_errors(recipe.training.batch_size),
+        ):
+            _, largest = extreme_eigenvalues(
+                lambda: cross_entropy(supernet(held_out.images), held_out, recipe),
+                list(supernet.alphas.values()),
+                torch.Generator().manual_seed(state.step),
+            )
     finally:
         supernet.generator.set_state(before)
     return largest
