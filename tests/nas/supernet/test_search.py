@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -409,6 +410,12 @@ def test_the_command_searches_resumes_shows_and_lists(nas):
     status, out, _ = nas("resume", "run", "--json")
     assert status == 0
     assert json.loads(out)["arch"] == found["arch"]
+    status, _, err = nas(
+        "export", "run:best", "--to", "model.py", "--scale", "channels=4", "--scale", "cells_per_stage=1"
+    )
+    assert status == 0, err
+    network = runpy.run_path("model.py")["Network"]
+    assert network()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     status, out, _ = nas("runs", ".")
     assert status == 0
     assert "supernet:pc-darts" in out
