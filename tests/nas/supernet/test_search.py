@@ -189,7 +189,7 @@ def test_regularizer_grows_over_the_epochs():
 # -- resume --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gdas", "pc-darts", "sdarts-rs"])
+@pytest.mark.parametrize("name", ["gdas", "pc-darts", pytest.param("sdarts-rs", marks=pytest.mark.slow)])
 def test_killed_between_and_within_epochs_it_goes_on_bit_for_bit(name, tmp_path):
     found = task(name, epochs=3, alpha_warmup_epochs=1 if name == "pc-darts" else 0)
     whole = search_run(found, tmp_path / "whole")
@@ -410,12 +410,6 @@ def test_the_command_searches_resumes_shows_and_lists(nas):
     status, out, _ = nas("resume", "run", "--json")
     assert status == 0
     assert json.loads(out)["arch"] == found["arch"]
-    status, _, err = nas(
-        "export", "run:best", "--to", "model.py", "--scale", "channels=4", "--scale", "cells_per_stage=1"
-    )
-    assert status == 0, err
-    network = runpy.run_path("model.py")["Network"]
-    assert network()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
     status, out, _ = nas("runs", ".")
     assert status == 0
     assert "supernet:pc-darts" in out
@@ -455,3 +449,14 @@ def test_kill_minus_nine_loses_nothing(tmp_path):
     again = subprocess.run([*command, "--out", tmp_path / "killed"], capture_output=True, check=True)
     assert json.loads(again.stdout)["arch"] == json.loads(finished.stdout)["arch"]
     assert_same(outcome(Run.open(tmp_path / "whole")), outcome(Run.open(tmp_path / "killed")))
+
+
+@pytest.mark.slow
+def test_what_was_found_is_exported_for_the_images_of_the_search(nas, tmp_path):
+    search_run(task("gdas", images=40), tmp_path / "run")
+    status, _, err = nas(
+        "export", "run:best", "--to", "model.py", "--scale", "channels=4", "--scale", "cells_per_stage=1"
+    )
+    assert status == 0, err
+    network = runpy.run_path("model.py")["Network"]
+    assert network()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
