@@ -42,7 +42,7 @@ def load_result(path: str | Path) -> SearchResult:
         from nas.layers.search import space_from
 
         return SearchResult(run.settings, run.trials(), space_from(run.settings), run)
-    if run.settings.get("kind") != "search":
+    if run.settings.get("kind") not in ("search", "supernet"):
         raise UserError(str(path), f"a search; this run is a {run.settings.get('kind')}")
     objectives = parse_objectives(run.settings["objectives"])
     evaluator = None

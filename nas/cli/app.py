@@ -23,6 +23,7 @@ from nas.cli import (
     proxies,
     runs,
     search,
+    supernet,
     train,
 )
 from search_spaces.common.errors import RunError, UserError
@@ -53,6 +54,7 @@ app.add_typer(primitives.app, name="primitives")
 app.add_typer(proxies.app, name="proxies")
 app.add_typer(predict.app, name="predict")
 app.add_typer(fused.app, name="kernels")
+app.add_typer(supernet.app, name="supernet")
 app.command("spaces")(lists.spaces)
 app.command("strategies")(lists.strategies)
 app.command("presets")(lists.presets)

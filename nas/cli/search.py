@@ -186,6 +186,11 @@ def resume(
 
         resume_training(settings, Path(run), Output("resume", json, settings["seeds"][0]))
         return
+    if settings.get("kind") == "supernet":
+        from nas.cli.supernet import resume as resume_supernet
+
+        resume_supernet(settings, Path(run), Output("resume", json, settings["seed"]))
+        return
     if settings.get("kind") != "search":
         raise UserError(run, f"a search; this run is a {settings.get('kind')}")
     settings["workers"] = workers or settings["workers"]

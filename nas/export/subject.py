@@ -98,6 +98,14 @@ def from_run(reference: str, build: Build) -> Subject:
         return replace(subject, card=card)
     table = settings["evaluator"].removeprefix("table:") if settings["evaluator"].startswith("table:") else None
     data = table.partition("/")[2] if table else None
+    if kind == "supernet":  # for images as those it searched on
+        shape, data = settings["data"]["shape"], settings["search"]["data"]
+        build = replace(
+            build,
+            in_channels=build.in_channels or shape[0],
+            num_classes=build.num_classes or settings["data"]["num_classes"],
+            size=build.size or shape[1],
+        )
     words = ["nas", "train", reference]
     subject = _untrained(found.space, settings["space"], found.record.arch, build, train=words, data=data)
     metrics = {name: value for name, value in (found.record.metrics or {}).items() if name != "cost_seconds"}

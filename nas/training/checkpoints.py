@@ -76,10 +76,14 @@ def save_state(
     path: str | os.PathLike[str], state: LoopState, recipe: Recipe, more: Mapping[str, Any] | None = None
 ) -> None:
     """Write a checkpoint with `more` beside the state; the old file survives a crash. Errors: RunError (full disk)."""
-    content = {"format": FORMAT, "recipe": asdict(recipe), **state_dict(state), "more": dict(more or {})}
+    write(path, {"format": FORMAT, "recipe": asdict(recipe), **state_dict(state), "more": dict(more or {})})
+
+
+def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write tensors and plain values that `read` gives back; they have an integer `format`. Errors: RunError."""
     try:
         with atomic_write(path, "wb") as file:
-            torch.save(content, file)
+            torch.save(dict(content), file)
     except RunError:
         raise
     except RuntimeError as error:  # how torch reports a disk that fills while it writes

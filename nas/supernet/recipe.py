@@ -1,0 +1,226 @@
+"""Recipe: a differentiable search as plain values; its parts are chosen by name, so that recipes can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from nas.supernet.relaxation import Dirichlet, GumbelHard, GumbelSoft, Relaxation, Sigmoid, Softmax, UniformPath
+from nas.training.recipe import Recipe as Training
+from search_spaces.common.errors import UserError
+from search_spaces.common.names import match
+
+RELAXATIONS: dict[str, type] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "gumbel-soft": GumbelSoft,
+    "gumbel-hard": GumbelHard,
+    "dirichlet": Dirichlet,
+    "uniform-path": UniformPath,
+}
+SOLVERS = ("first-order", "second-order", "single-level", "weights-only")
+REGULARIZERS = ("beta-decay", "zero-one", "entropy")
+PERTURBATIONS = ("random", "adversarial")
+DISCRETIZATIONS = ("softmax", "sigmoid", "evolution")
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """The search among the paths of a trained supernet (Guo et al., SPOS, ECCV 2020; megvii, 36eed6c).
+
+    Every generation is `population` architectures: `crossover` children of two of the `parents` best so far,
+    `mutation` of one, the rest random. mutation_probability: of every choice of a tuple (other spaces: one change).
+    max_macs: multiply-adds of the network of the search, None for any. recalibration: (batches, images in each) that
+    BatchNorm's statistics are averaged over for every architecture; evaluation: (batches, images) it is measured on.
+    """
+
+    population: int = 50
+    generations: int = 20
+    crossover: int = 25
+    mutation: int = 25
+    parents: int = 10
+    mutation_probability: float = 0.1
+    max_macs: int | None = 330_000_000
+    recalibration: tuple[int, int] = (200, 128)
+    evaluation: tuple[int, int] = (40, 200)
+
+    def __post_init__(self) -> None:
+        for name in ("recalibration", "evaluation"):  # from JSON they come as lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        counts = (self.population, self.generations, self.parents, *self.recalibration, *self.evaluation)
+        if min(counts) < 1 or min(self.crossover, self.mutation) < 0:
+            raise UserError(min(*counts, self.crossover, self.mutation), "positive numbers for the evolution")
+        if self.crossover + self.mutation > self.population:
+            raise UserError(self.crossover + self.mutation, f"children, at most the population of {self.population}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A differentiable search. The defaults are first-order DARTS (Liu et al. 2019; quark0/darts f276dd3, cnn/).
+
+    training: epochs, batch size, rate, schedule, decay, clipping and augmentation of the weights (train_search.py);
+    both halves of the data see its batch size and augmentation.
+    relaxation: a name in RELAXATIONS; temperature: its (start, end), linear in epochs (model_search.py: softmax).
+    partial: k of partial channels, edge_normalisation: both Xu et al. 2020 (PC-DARTS), sections 3.2 and 3.3; 1, False
+    in DARTS. solver: `first-order`, `second-order` (architect.py, --unrolled), `single-level` (alpha and weights from
+    one training loss), `weights-only` (alphas are not used).
+    alpha_first: within an iteration alphas move before the weights (train_search.py).
+    alpha_warmup_epochs: epochs in which only the weights move. alpha_rate, alpha_betas, alpha_decay: Adam's, with an L2
+    term (architect.py); alpha_clip: largest norm of its gradient, None for any.
+    regularizer: a term of alpha's loss, in REGULARIZERS, with regularizer_weight; regularizer_ramp: the weight grows
+    from 0 linearly over the epochs. perturbation: of the mixing weights in the weights' steps (SDARTS), with
+    perturbation_radius (first epoch, towards the last), linear.
+    early_stop: measure the Hessian's largest eigenvalue every epoch and stop as Robust DARTS does
+    (`nas.supernet.hessian.early_stop`). discretization: strengths by softmax or sigmoid, or `evolution` among paths.
+    weight_images, alpha_images: shares of the training images (train_search.py, --train_portion .5).
+    channels, layers (of the space darts), stem (darts), cells_per_stage (nas-bench-201): the network searched in
+    (train_search.py: 16, 8; D-X-Y/AutoDL-Projects: 16, 5). affine: whether normalisations in searched cells have
+    weights (operations.py: no). norm_after_pools: BatchNorm without weights after pooling, in darts (model_search.py).
+    source: the paper and code. Errors: UserError for unknown names and values out of range.
+    """
+
+    name: str
+    source: str
+    training: Training = field(default_factory=Training)
+    relaxation: str = "softmax"
+    temperature: tuple[float, float] | None = None
+    partial: int = 1
+    edge_normalisation: bool = False
+    solver: str = "first-order"
+    alpha_first: bool = True
+    alpha_warmup_epochs: int = 0
+    alpha_rate: float = 3e-4
+    alpha_betas: tuple[float, float] = (0.5, 0.999)
+    alpha_decay: float = 1e-3
+    alpha_clip: float | None = None
+    regularizer: str | None = None
+    regularizer_weight: float = 0.0
+    regularizer_ramp: bool = False
+    perturbation: str | None = None
+    perturbation_radius: tuple[float, float] = (0.03, 0.3)
+    early_stop: bool = False
+    discretization: str = "softmax"
+    evolution: Evolution | None = None
+    weight_images: float = 0.5
+    alpha_images: float = 0.5
+    channels: int = 16
+    layers: int = 8
+    cells_per_stage: int = 5
+    stem: str = "cifar"
+    affine: bool = False
+    norm_after_pools: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "alpha_betas", "perturbation_radius"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, list | tuple) or len(value) != 2:
+                    raise UserError(value, f"two numbers for {name}")
+                object.__setattr__(self, name, tuple(value))
+        for name, known, kind in (
+            ("relaxation", RELAXATIONS, "a relaxation"),
+            ("solver", SOLVERS, "a solver"),
+            ("regularizer", REGULARIZERS, "a regulariser"),
+            ("perturbation", PERTURBATIONS, "a perturbation"),
+            ("discretization", DISCRETIZATIONS, "a discretisation"),
+        ):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, match(str(getattr(self, name)), known, kind))
+        for name in ("partial", "channels", "layers", "cells_per_stage"):
+            if getattr(self, name) < 1:
+                raise UserError(getattr(self, name), f"a positive number for {name}")
+        for name in ("alpha_warmup_epochs", "alpha_decay", "regularizer_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(getattr(self, name), f"{name} of at least 0")
+        if not self.alpha_rate > 0 or (self.alpha_clip is not None and not self.alpha_clip > 0):
+            raise UserError(min(self.alpha_rate, self.alpha_clip or 1), "a positive alpha_rate and alpha_clip")
+        if not (0 < self.weight_images < 1 and 0 < self.alpha_images < 1 and self.shares <= 1 + 1e-9):
+            raise UserError(self.shares, "shares of images for weights and alphas above 0 that sum to at most 1")
+        if self.training.epochs is None:
+            raise UserError(self.training.steps, "a training in epochs")
+        if self.solver == "second-order" and self.training.optimizer != "sgd":
+            raise UserError(self.training.optimizer, "sgd, one step of which second-order unrolls", "sgd")
+        if (self.discretization == "evolution") != (self.evolution is not None):
+            raise UserError(self.discretization, "discretization=evolution and settings of the evolution together")
+        if self.discretization == "evolution" and self.solver != "weights-only":
+            raise UserError(self.solver, "weights-only with discretization=evolution", "weights-only")
+        if self.perturbation is not None and self.solver in ("single-level", "weights-only"):
+            raise UserError(self.perturbation, f"no perturbation with the solver {self.solver}")
+        if self.early_stop and self.solver == "weights-only":
+            raise UserError("early_stop", "alphas, whose Hessian it watches")
+        self.make_relaxation()
+
+    @property
+    def shares(self) -> float:
+        """The share of the training images that the search uses."""
+        return self.weight_images + self.alpha_images
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the images of the weights."""
+        assert self.training.epochs is not None
+        return self.training.epochs
+
+    def make_relaxation(self) -> Relaxation:
+        """The relaxation with its temperatures. Errors: UserError where those do not belong together."""
+        kind = RELAXATIONS[self.relaxation]
+        tempered = kind in (GumbelSoft, GumbelHard)
+        if tempered != (self.temperature is not None):
+            expected = "a temperature (start, end)" if tempered else "no temperature"
+            raise UserError(self.temperature, f"{expected} with {self.relaxation}")
+        return kind(*(self.temperature or ()))
+
+    def flat(self) -> dict[str, Any]:
+        """All settings by name; those of the weights' training stand among them (`epochs`, `learning_rate`, ...)."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("training", "evolution")}
+        evolution = {} if self.evolution is None else asdict(self.evolution)
+        training = {k: v for k, v in asdict(self.training).items() if k not in UNUSED}
+        return own | {f"evolution_{k}": v for k, v in evolution.items()} | training
+
+    def replaced(self, changes: Mapping[str, Any]) -> Recipe:
+        """A copy with other settings, named as in `flat`. Errors: UserError for an unknown name, with the nearest."""
+        own: dict[str, Any] = {}
+        training: dict[str, Any] = {}
+        evolution: dict[str, Any] = {}
+        names = {f.name for f in fields(self)}
+        for given, value in changes.items():
+            name = match(given, self.flat(), "a setting of a search")
+            if name in names:
+                own[name] = _typed(name, getattr(self, name), value)
+            elif name.startswith("evolution_"):
+                evolution[name.removeprefix("evolution_")] = value
+            else:
+                training[name] = value
+        if training:
+            own["training"] = self.training.replaced(training)
+        if evolution and self.evolution is not None:
+            own["evolution"] = replace(self.evolution, **evolution)
+        return replace(self, **own)
+
+    @staticmethod
+    def from_json(found: Mapping[str, Any]) -> Recipe:
+        """The recipe whose `dataclasses.asdict` this is."""
+        evolution = found["evolution"]
+        parts = {"training": Training(**found["training"]), "evolution": evolution and Evolution(**evolution)}
+        return Recipe(**{**found, **parts})
+
+
+# Settings of a training that a search has no use for.
+UNUSED = ("steps", "source", "drop_path", "auxiliary_weight", "ema_decay", "patience", "precision", "kernels")
+
+
+def diff(first: Recipe, second: Recipe) -> dict[str, tuple[Any, Any]]:
+    """{setting: (its value in `first`, in `second`)} where they differ; None for a setting that one does not have."""
+    a, b = first.flat(), second.flat()
+    names = [name for name in {**a, **b} if name not in ("name", "source")]
+    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+
+
+def _typed(name: str, default: Any, value: Any) -> Any:
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = isinstance(value, type(default)) or (isinstance(default, tuple) and isinstance(value, list))
+    if default is not None and value is not None and not fits:
+        raise UserError(value, f"{name} as {type(default).__name__}, such as {default!r}")
+    return value
