@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nas.supernet.relaxation import Weights
+from nas.supernet.weighted import times
 from search_spaces.cells.operations import Zero
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
@@ -56,7 +57,7 @@ class Mixed(Choice):
         running = range(len(self.candidates)) if active is None else active
         # `none` adds zeros and has no gradient: it runs only where nothing else does.
         adding = [k for k in running if not isinstance(self.candidates[k], Zero)] or running[:1]
-        return functools.reduce(torch.add, [values[k] * self.candidates[k](*inputs) for k in adding])
+        return functools.reduce(torch.add, [times(self.candidates[k], values[k], *inputs) for k in adding])
 
     def _around(self, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
         """The output of `function`, on part of the channels where there are partial ones."""

@@ -14,6 +14,7 @@ from torch import nn
 from nas.supernet.edges import edges_into_nodes
 from nas.supernet.mixed import Mixed
 from nas.supernet.relaxation import Relaxation, Weights
+from nas.supernet.weighted import prepare
 from search_spaces.choice import Choice, find_choices, select
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
@@ -221,7 +222,7 @@ class _Replacement:
                 k, source = self.partial.k, narrow
             # Within a checkpointed mixture everything is computed again anyway.
             candidates = [
-                self._replaced(candidate, _candidate(narrow, index), False)
+                prepare(self._replaced(candidate, _candidate(narrow, index), False))
                 for index, candidate in enumerate(source.candidates)
             ]
             self.made[id(module)] = Mixed(candidates, module.label, partial=k, checkpointed=checkpointed)
