@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nas.supernet.network import Supernet
-from nas.supernet.recipe import Evolution
+from nas.supernet.settings import Evolution
 from nas.training.batches import evaluation_batches
 from nas.training.data import Dataset, Split
 from nas.training.loop import evaluate
@@ -16,9 +18,26 @@ from nas.training.recalibrate import recalibrate
 from search_spaces.common.errors import UserError
 from search_spaces.space import SearchSpace, TupleSpace
 
+RECALIBRATION = (10, 200)  # batches, images in each: as the accuracy of what a search has found is measured
 ATTEMPTS = 100  # draws for one architecture that is new and within the bounds
 
 Score = Callable[[Any], float]
+
+
+@contextlib.contextmanager
+def selected(supernet: Supernet, selection: Mapping[str, int]) -> Iterator[None]:
+    """The supernet with `selection` fixed for the length of a block; fixed labels and all buffers are put back."""
+    before = {name: value.clone() for name, value in supernet.network.named_buffers()}
+    fixed = {label: supernet._mixed[label][0].selected for label in supernet.fixed}
+    free = [label for label in supernet.labels if label not in supernet.fixed]
+    try:
+        supernet.select(selection)
+        yield
+    finally:
+        supernet.release(free)
+        supernet.select(fixed)
+        for name, buffer in supernet.network.named_buffers():
+            buffer.copy_(before[name])
 
 
 def path_accuracy(
@@ -26,28 +45,19 @@ def path_accuracy(
     selection: Mapping[str, int],
     data: Dataset,
     *,
-    recalibration: tuple[int, int] = (10, 200),
+    recalibration: tuple[int, int] = RECALIBRATION,
     evaluation: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     """`acc` (percent), `loss` and `count` on `data.val` of the network that `selection` takes out of the supernet.
 
-    BatchNorm's statistics are first those of the first `recalibration` = (batches, images in each) of `data.train`;
-    evaluation: (batches, images in each), None for all. The supernet is as before afterwards, selected labels and
-    statistics too.
+    BatchNorm's statistics are first those of the first `recalibration` = (batches, images in each) of `data.train`, on
+    which the weights were trained; evaluation: (batches, images in each) of `data.val`, None for all. The supernet is
+    as before afterwards, selected labels and statistics too. Images are normalised anew each time, which is 2 % of the
+    time on a CPU (8 channels, 4,500 images of 16 x 16).
     """
-    before = {name: value.clone() for name, value in supernet.network.named_buffers()}
-    selected = {label: supernet._mixed[label][0].selected for label in supernet.fixed}
-    free = [label for label in supernet.labels if label not in supernet.fixed]
-    try:
-        supernet.select(selection)
-        recalibrate(supernet, _batches(data, data.train, *recalibration))
-        count = 500 if evaluation is None else evaluation[1]
-        return evaluate(supernet, _batches(data, data.val, None if evaluation is None else evaluation[0], count))
-    finally:
-        supernet.release(free)
-        supernet.select(selected)
-        for name, buffer in supernet.network.named_buffers():
-            buffer.copy_(before[name])
+    with selected(supernet, selection):
+        recalibrate(supernet, first_images(data, data.train, *recalibration))
+        return evaluate(supernet, first_images(data, data.val, *(evaluation or (None, 500))))
 
 
 def evolve(
@@ -116,6 +126,7 @@ def _mutant(space: SearchSpace, parents: list[Any], settings: Evolution, rng: np
     return tuple(int(rng.integers(size)) if new else old for new, old, size in zip(redrawn, parent, space.sizes))
 
 
-def _batches(data: Dataset, split: Split, count: int | None, size: int) -> list[tuple[Any, Any]] | Any:
+def first_images(data: Dataset, split: Split, count: int | None, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised (images, labels) of the first `count` batches of `size`; None for all of them."""
     stop = len(split) if count is None else min(count * size, len(split))
     return evaluation_batches(split.images[:stop], split.labels[:stop], size, normalize=data.normalize)

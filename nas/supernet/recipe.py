@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from nas.supernet.relaxation import Dirichlet, GumbelHard, GumbelSoft, Relaxation, Sigmoid, Softmax, UniformPath
+from nas.supernet.settings import NESTED, Evolution
 from nas.training.recipe import Recipe as Training
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
@@ -23,36 +24,6 @@ SOLVERS = ("first-order", "second-order", "single-level", "weights-only")
 REGULARIZERS = ("beta-decay", "zero-one", "entropy")
 PERTURBATIONS = ("random", "adversarial")
 DISCRETIZATIONS = ("softmax", "sigmoid", "evolution")
-
-
-@dataclass(frozen=True)
-class Evolution:
-    """The search among the paths of a trained supernet (Guo et al., SPOS, ECCV 2020; megvii, 36eed6c).
-
-    Every generation is `population` architectures: `crossover` children of two of the `parents` best so far,
-    `mutation` of one, the rest random. mutation_probability: of every choice of a tuple (other spaces: one change).
-    max_macs: multiply-adds of the network of the search, None for any. recalibration: (batches, images in each) that
-    BatchNorm's statistics are averaged over for every architecture; evaluation: (batches, images) it is measured on.
-    """
-
-    population: int = 50
-    generations: int = 20
-    crossover: int = 25
-    mutation: int = 25
-    parents: int = 10
-    mutation_probability: float = 0.1
-    max_macs: int | None = 330_000_000
-    recalibration: tuple[int, int] = (200, 128)
-    evaluation: tuple[int, int] = (40, 200)
-
-    def __post_init__(self) -> None:
-        for name in ("recalibration", "evaluation"):  # from JSON they come as lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = (self.population, self.generations, self.parents, *self.recalibration, *self.evaluation)
-        if min(counts) < 1 or min(self.crossover, self.mutation) < 0:
-            raise UserError(min(*counts, self.crossover, self.mutation), "positive numbers for the evolution")
-        if self.crossover + self.mutation > self.population:
-            raise UserError(self.crossover + self.mutation, f"children, at most the population of {self.population}")
 
 
 @dataclass(frozen=True)
@@ -173,37 +144,38 @@ class Recipe:
 
     def flat(self) -> dict[str, Any]:
         """All settings by name; those of the weights' training stand among them (`epochs`, `learning_rate`, ...)."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("training", "evolution")}
-        evolution = {} if self.evolution is None else asdict(self.evolution)
-        training = {k: v for k, v in asdict(self.training).items() if k not in UNUSED}
-        return own | {f"evolution_{k}": v for k, v in evolution.items()} | training
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("training", *NESTED)}
+        for part in NESTED:
+            if getattr(self, part) is not None:
+                found |= {f"{part}_{k}": v for k, v in vars(getattr(self, part)).items()}
+        return found | {k: v for k, v in asdict(self.training).items() if k not in UNUSED}
 
     def replaced(self, changes: Mapping[str, Any]) -> Recipe:
         """A copy with other settings, named as in `flat`. Errors: UserError for an unknown name, with the nearest."""
         own: dict[str, Any] = {}
         training: dict[str, Any] = {}
-        evolution: dict[str, Any] = {}
+        nested: dict[str, dict[str, Any]] = {}
         names = {f.name for f in fields(self)}
+        known = self.flat()
         for given, value in changes.items():
-            name = match(given, self.flat(), "a setting of a search")
-            if name in names:
-                own[name] = _typed(name, getattr(self, name), value)
-            elif name.startswith("evolution_"):
-                evolution[name.removeprefix("evolution_")] = value
+            name = match(given, known, "a setting of a search")
+            part = next((p for p in NESTED if name.startswith(f"{p}_") and name not in names), None)
+            if part is not None:
+                nested.setdefault(part, {})[name.removeprefix(f"{part}_")] = _typed(name, known[name], value)
+            elif name in names:
+                own[name] = _typed(name, known[name], value)
             else:
                 training[name] = value
         if training:
             own["training"] = self.training.replaced(training)
-        if evolution and self.evolution is not None:
-            own["evolution"] = replace(self.evolution, **evolution)
+        own |= {part: replace(getattr(self, part), **values) for part, values in nested.items()}
         return replace(self, **own)
 
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Recipe:
         """The recipe whose `dataclasses.asdict` this is."""
-        evolution = found["evolution"]
-        parts = {"training": Training(**found["training"]), "evolution": evolution and Evolution(**evolution)}
-        return Recipe(**{**found, **parts})
+        parts = {name: found[name] and kind(**found[name]) for name, kind in NESTED.items()}
+        return Recipe(**{**found, **parts, "training": Training(**found["training"])})
 
 
 # Settings of a training that a search has no use for.

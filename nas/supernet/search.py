@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from nas.run import Run, TrialRecord
 from nas.supernet.building import make_supernet, network_scale, search_data
 from nas.supernet.discretization import discretize
-from nas.supernet.edges import edges_into_nodes
 from nas.supernet.evolution import evolve, path_accuracy
 from nas.supernet.hessian import early_stop
+from nas.supernet.measures import curvature, mixture_accuracy, skip_share
 from nas.supernet.network import Supernet
 from nas.supernet.recipe import Recipe
-from nas.supernet.steps import SearchState, curvature, load_state_dict, run_epoch, start, state_dict
-from nas.training.batches import evaluation_batches
+from nas.supernet.state import SearchState, load_state_dict, start, state_dict
+from nas.supernet.steps import run_epoch
 from nas.training.checkpoints import (
     FORMAT,
     DamagedCheckpoint,
@@ -35,9 +34,7 @@ from nas.training.checkpoints import (
     write,
 )
 from nas.training.data import Dataset, load_data
-from nas.training.loop import check_model, evaluate, random_states, training_errors
-from search_spaces.cells.darts_network import FactorizedReduce
-from search_spaces.cells.operations import Zero
+from nas.training.loop import check_model, training_errors
 from search_spaces.common.errors import UserError
 from search_spaces.common.files import atomic_write
 from search_spaces.registry import load_space
@@ -144,15 +141,6 @@ def open_supernet(run: Run, seed: int | None = None) -> tuple[SearchTask, Search
             load_state_dict(state, read(path))
             return task, state, data
     raise UserError(str(folder), "a search with a checkpoint that can be read")
-
-
-def skip_share(supernet: Supernet, selection: Mapping[str, int]) -> float:
-    """Of the places where `selection` has an operation other than `none`, the share that only passes its input on."""
-    edges = edges_into_nodes(selection)
-    labels = [label for entering in edges.values() for label in entering] or list(selection)
-    chosen = [supernet._mixed[label][0].candidates[selection[label]] for label in labels]
-    kept = [module for module in chosen if not isinstance(module, Zero)]
-    return sum(isinstance(m, nn.Identity | FactorizedReduce) for m in kept) / max(len(kept), 1)
 
 
 def read_log(run: Run) -> list[Row]:
@@ -274,7 +262,7 @@ class _Session:
         """The row of the epoch that has just ended."""
         recipe, supernet = self.task.recipe, state.supernet
         begin = time.perf_counter()
-        found = self._mixture(state)
+        found = mixture_accuracy(state, self.data_there, recipe)
         row: Row = {
             "seed": seed,
             "epoch": state.epoch,
@@ -297,6 +285,8 @@ class _Session:
             }
             if supernet.betas:
                 row["betas"] = {node: b.detach().cpu().softmax(0).tolist() for node, b in supernet.betas.items()}
+            for part in state.parts.values():
+                row |= part.row()
             if recipe.early_stop or self.task.curvature:
                 row["eigenvalue"] = curvature(state, recipe)
         state.seconds += time.perf_counter() - begin
@@ -306,18 +296,6 @@ class _Session:
         strength = torch.sigmoid if self.task.recipe.discretization == "sigmoid" else None
         more = {} if strength is None else {"strength": strength}
         return discretize(self.space, supernet.alphas, supernet.betas or None, **more)
-
-    def _mixture(self, state: SearchState) -> dict[str, float]:
-        """`acc` and `loss` of the supernet on the images of the alphas, by each batch's statistics; nothing changes."""
-        supernet = state.supernet
-        before, random = supernet.generator.get_state(), dict(state.random)
-        val, size = self.data_there.val, self.task.recipe.training.eval_batch_size
-        batches = evaluation_batches(val.images, val.labels, size, normalize=self.data.normalize)
-        try:
-            with random_states(random, self.device), training_errors(size, "eval_batch_size"):
-                return evaluate(supernet, batches, batch_statistics=True)
-        finally:
-            supernet.generator.set_state(before)
 
     def _early_stop(self, state: SearchState) -> None:
         if not self.task.recipe.early_stop:

@@ -1,21 +1,14 @@
-"""The recipes of papers, each with the place it was taken from, and scales at which they run.
-
-Where a setting's place ends with `recollection` it was not checked against the paper or its code.
-"""
+"""DARTS and the recipes that differ from it in their relaxation, channels, regularisation or perturbation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-from nas.supernet.recipe import Evolution, Recipe, diff
+from nas.supernet.recipe import Recipe
 from nas.training.recipe import Recipe as Training
-from search_spaces.common.names import match
 
-__all__ = ["RECIPES", "SCALES", "SOURCES", "Scale", "diff", "recipe", "scaled"]
-
-_DARTS_TRAINING = Training(
+DARTS_TRAINING = Training(
     epochs=50,
     batch_size=64,
     learning_rate=0.025,
@@ -32,29 +25,29 @@ _DARTS_TRAINING = Training(
     drop_last=False,
     source="quark0/darts f276dd3, cnn/train_search.py",
 )
-_V1 = Recipe(
+DARTS_V1 = Recipe(
     name="darts-v1",
     source="Liu, Simonyan and Yang, DARTS, ICLR 2019 (arXiv 1806.09055), first order; quark0/darts f276dd3",
-    training=_DARTS_TRAINING,
+    training=DARTS_TRAINING,
 )
-_PC = replace(
-    _V1,
+PC_DARTS = replace(
+    DARTS_V1,
     name="pc-darts",
     source="Xu et al., PC-DARTS, ICLR 2020 (arXiv 1907.05737); yuhuixu1993/PC-DARTS b74702f",
-    training=replace(_DARTS_TRAINING, batch_size=256, learning_rate=0.1, final_rate=0.0),
+    training=replace(DARTS_TRAINING, batch_size=256, learning_rate=0.1, final_rate=0.0),
     partial=4,
     edge_normalisation=True,
     alpha_rate=6e-4,
     alpha_warmup_epochs=15,
 )
-_LISTED = (
-    _V1,
-    replace(_V1, name="darts-v2", source=_V1.source.replace("first", "second"), solver="second-order"),
-    _PC,
+LISTED: tuple[Recipe, ...] = (
+    DARTS_V1,
+    replace(DARTS_V1, name="darts-v2", source=DARTS_V1.source.replace("first", "second"), solver="second-order"),
+    PC_DARTS,
     replace(
-        _PC,
+        PC_DARTS,
         name="pc-darts-imagenet",
-        training=replace(_PC.training, batch_size=1024, learning_rate=0.5, warmup_epochs=5.0, padding=0),
+        training=replace(PC_DARTS.training, batch_size=1024, learning_rate=0.5, warmup_epochs=5.0, padding=0),
         partial=2,
         alpha_rate=6e-3,
         alpha_clip=5.0,
@@ -64,73 +57,48 @@ _LISTED = (
         stem="imagenet",
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="gdas",
         source="Dong and Yang, GDAS, CVPR 2019 (arXiv 1910.04465); D-X-Y/AutoDL-Projects, GDAS.config",
-        training=replace(_DARTS_TRAINING, epochs=250, nesterov=True, weight_decay=5e-4),
+        training=replace(DARTS_TRAINING, epochs=250, nesterov=True, weight_decay=5e-4),
         relaxation="gumbel-hard",
         temperature=(10.0, 0.1),
         alpha_first=False,
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="drnas",
         source="Chen et al., DrNAS, ICLR 2021 (arXiv 2006.10355), NAS-Bench-201; xiangning-chen/DrNAS f2caa4d",
-        training=replace(_DARTS_TRAINING, epochs=100),
+        training=replace(DARTS_TRAINING, epochs=100),
         relaxation="dirichlet",
         alpha_decay=1e-3,
     ),
-    Recipe(
-        name="spos",
-        source="Guo et al., Single Path One-Shot, ECCV 2020 (arXiv 1904.00420); megvii 36eed6c",
-        training=replace(
-            _DARTS_TRAINING,
-            epochs=125,
-            batch_size=1024,
-            learning_rate=0.5,
-            weight_decay=4e-5,
-            schedule="linear",
-            decay_share=1.0,
-            final_rate=0.0,
-            rate_per_epoch=False,
-            clip_norm=None,
-            label_smoothing=0.1,
-            padding=0,
-        ),
-        relaxation="uniform-path",
-        solver="weights-only",
-        discretization="evolution",
-        evolution=Evolution(),
-        weight_images=0.96,
-        alpha_images=0.04,
-        stem="imagenet",
-    ),
     replace(
-        _V1,
+        DARTS_V1,
         name="beta-darts",
         source="Ye et al., beta-DARTS, CVPR 2022 (arXiv 2203.01665); Sunshine-Ye/Beta-DARTS, NAS-Bench-201",
-        training=replace(_DARTS_TRAINING, epochs=100),
+        training=replace(DARTS_TRAINING, epochs=100),
         regularizer="beta-decay",
         regularizer_weight=50.0,
         regularizer_ramp=True,
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="sdarts-rs",
         source="Chen and Hsieh, SDARTS, ICML 2020 (arXiv 2002.05283), random; SmoothDARTS d3dbfed",
         perturbation="random",
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="sdarts-adv",
         source="Chen and Hsieh, SDARTS, ICML 2020 (arXiv 2002.05283), adversarial; SmoothDARTS d3dbfed",
         perturbation="adversarial",
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="fairdarts",
         source="Chu et al., Fair DARTS, ECCV 2020 (arXiv 1911.12126); xiaomi-automl/FairDARTS 270cfc9",
-        training=replace(_DARTS_TRAINING, batch_size=128, learning_rate=0.005),
+        training=replace(DARTS_TRAINING, batch_size=128, learning_rate=0.005),
         relaxation="sigmoid",
         discretization="sigmoid",
         alpha_rate=3e-3,
@@ -138,13 +106,13 @@ _LISTED = (
         regularizer_weight=10.0,
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="r-darts-es",
         source="Zela et al., Robust DARTS, ICLR 2020 (arXiv 1909.09656), early stop; automl/RobustDARTS 3dec3fe",
         early_stop=True,
     ),
     replace(
-        _V1,
+        DARTS_V1,
         name="snas",
         source="Xie et al., SNAS, ICLR 2019 (arXiv 1812.09926); no code was read",
         relaxation="gumbel-soft",
@@ -152,12 +120,10 @@ _LISTED = (
         solver="single-level",
     ),
 )
-RECIPES: dict[str, Recipe] = {found.name: found for found in _LISTED}
 
 _SEARCH, _ARCHITECT = "quark0/darts, cnn/train_search.py", "quark0/darts, cnn/architect.py"
 _PC_SEARCH = "yuhuixu1993/PC-DARTS b74702f, train_search.py"
 _PC_IMAGENET = "yuhuixu1993/PC-DARTS b74702f, train_search_imagenet.py"
-_SPOS = "megvii-model/SinglePathOneShot 36eed6c"
 # Where the settings stand in which a recipe differs from darts-v1; those of darts-v1 itself in its own entry.
 SOURCES: dict[str, Mapping[str, str]] = {
     "darts-v1": {
@@ -189,16 +155,6 @@ SOURCES: dict[str, Mapping[str, str]] = {
         "epochs, relaxation": "xiangning-chen/DrNAS f2caa4d, NAS-Bench-201 without progressive shrinking",
         "alpha_decay": "reg 1e-3: L2 to Dirichlet(1), which is alpha = 0, as the optimiser's decay",
     },
-    "spos": {
-        "epochs": f"{_SPOS}: 150,000 iterations of 1,024 images, 125 times 96 % of ImageNet",
-        "batch_size, learning_rate, final_rate, schedule, decay_share, rate_per_epoch, weight_decay": _SPOS,
-        "label_smoothing, clip_norm, relaxation, solver, discretization": _SPOS,
-        "evolution_population, evolution_generations, evolution_crossover, evolution_mutation": _SPOS,
-        "evolution_parents, evolution_mutation_probability, evolution_max_macs": _SPOS,
-        "evolution_recalibration, evolution_evaluation": _SPOS,
-        "weight_images, alpha_images": "the paper: 50,000 of ImageNet's training images to validate; recollection",
-        "padding, stem": "random resized crops of ImageNet there; the data come cropped here (recollection)",
-    },
     "beta-darts": {
         "regularizer, regularizer_weight, regularizer_ramp": "Sunshine-Ye/Beta-DARTS, optimizers/darts/architect.py",
         "epochs": "Sunshine-Ye/Beta-DARTS, on NAS-Bench-201",
@@ -215,79 +171,3 @@ SOURCES: dict[str, Mapping[str, str]] = {
         "relaxation, temperature, solver": "the paper; recollection",
     },
 }
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`. Errors: UserError with the nearest."""
-    return RECIPES[match(name, RECIPES, "a recipe")]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A smaller search. changes: of the recipe; batch_size: at most that, the rate in proportion (Goyal et al. 2017,
-    arXiv 1706.02677). epochs: alphas' warm-up keeps its share. size: images are averaged down to it (not digits).
-    images: at most so many, for weights and alphas together, half for each.
-    """
-
-    name: str
-    about: str
-    epochs: int | None = None
-    batch_size: int | None = None
-    size: int | None = None
-    images: int | None = None
-    changes: Mapping[str, Any] | None = None
-    evolution: Mapping[str, Any] | None = None
-
-
-_HALVES = {"weight_images": 0.5, "alpha_images": 0.5, "stem": "cifar", "warmup_epochs": 0.0}
-SCALES: dict[str, Scale] = {
-    "full": Scale("full", "the recipe as its authors ran it"),
-    "small": Scale(
-        "small",
-        "8 channels, one cell a stage, images of 16x16, 5,000 of them, 50 epochs",
-        epochs=50,
-        batch_size=64,
-        size=16,
-        images=5000,
-        changes={"channels": 8, "cells_per_stage": 1, "layers": 3, **_HALVES},
-        evolution={"max_macs": None, "recalibration": (10, 128), "evaluation": (5, 200)},
-    ),
-    "tiny": Scale(
-        "tiny",
-        "minutes on two cores: 8 channels, one cell a stage, images of 16x16 at most, 1,000 of them, 5 epochs",
-        epochs=5,
-        batch_size=32,
-        size=16,
-        images=1000,
-        changes={"channels": 8, "cells_per_stage": 1, "layers": 3, **_HALVES, "padding": 1},
-        evolution={
-            **{"population": 8, "generations": 3, "crossover": 4, "mutation": 3, "parents": 4, "max_macs": None},
-            **{"recalibration": (2, 100), "evaluation": (2, 100)},
-        },
-    ),
-}
-
-
-def scaled(found: Recipe, scale: str, *, flip: bool = True) -> Recipe:
-    """The recipe at a scale. flip: whether mirrored images keep their class, as those of digits do not.
-
-    Errors: UserError for an unknown scale, with the nearest.
-    """
-    wanted = SCALES[match(scale, SCALES, "a scale")]
-    training = found.training
-    changes = dict(wanted.changes or {})
-    if training.flip and not flip:
-        changes["flip"] = False
-    if wanted.epochs is not None:
-        share = found.alpha_warmup_epochs / found.epochs
-        changes |= {"epochs": wanted.epochs, "alpha_warmup_epochs": round(share * wanted.epochs)}
-    if wanted.batch_size is not None and training.batch_size > wanted.batch_size:
-        factor = wanted.batch_size / training.batch_size
-        changes |= {
-            "batch_size": wanted.batch_size,
-            "learning_rate": training.learning_rate * factor,
-            "final_rate": training.final_rate * factor,
-        }
-    if found.evolution is not None and wanted.evolution is not None:
-        changes |= {f"evolution_{name}": value for name, value in wanted.evolution.items()}
-    return found.replaced(changes)

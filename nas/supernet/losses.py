@@ -1,0 +1,26 @@
+"""The losses of a search."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nas.supernet import regularizers
+from nas.supernet.network import Supernet
+from nas.supernet.recipe import Recipe
+from nas.training.batches import Batch
+
+
+def cross_entropy(outputs: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """The mean loss of a batch, smoothed as the recipe says."""
+    return nn.functional.cross_entropy(outputs.float(), batch.targets, label_smoothing=recipe.training.label_smoothing)
+
+
+def regularization(supernet: Supernet, recipe: Recipe, epoch: int) -> Tensor | None:
+    """The weighted term of the alphas' loss in an epoch, from 0; None for recipes without one."""
+    if recipe.regularizer is None:
+        return None
+    weight = recipe.regularizer_weight
+    if recipe.regularizer_ramp:
+        weight = regularizers.linear(0.0, weight, epoch, recipe.epochs)
+    terms = {"beta-decay": regularizers.beta_decay, "zero-one": regularizers.zero_one, "entropy": regularizers.entropy}
+    return weight * terms[recipe.regularizer](list(supernet.alphas.values()))

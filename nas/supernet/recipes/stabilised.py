@@ -1,0 +1,12 @@
+"""Recipes that keep skip connections from winning, or judge operations by what they contribute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nas.supernet.recipe import Recipe
+
+LISTED: tuple[Recipe, ...] = ()
+
+# Where the settings stand in which a recipe differs from darts-v1.
+SOURCES: dict[str, Mapping[str, str]] = {}
