@@ -14,11 +14,13 @@ from nas.training.loop import random_states, training_errors
 Progress = Callable[[int], None]
 
 
-def run_epoch(state: SearchState, recipe: Recipe, progress: Progress | None = None) -> dict[str, float]:
+def run_epoch(
+    state: SearchState, recipe: Recipe, progress: Progress | None = None, stop: int | None = None
+) -> dict[str, float]:
     """One pass over the images of the weights; the means of `train_loss`, `train_acc` and, from the alphas' batches,
     `alpha_loss`. A loss, gradient or parameter that is not finite ends it: the state is then `failed`.
 
-    progress: called with the number of steps done after each. Errors: UserError for a batch that cannot be normalised,
+    progress: called with the number of steps done after each. stop: leave the epoch before this step. Errors: UserError for a batch that cannot be normalised,
     RunError for too little memory.
     """
     per_epoch, epoch = state.batches.steps_per_epoch, state.epoch
@@ -32,7 +34,7 @@ def run_epoch(state: SearchState, recipe: Recipe, progress: Progress | None = No
     for part in state.parts.values():
         part.begin_epoch(state, recipe)
     with random_states(state.random, state.device), training_errors(recipe.training.batch_size):
-        while state.epoch == epoch:
+        while state.epoch == epoch and state.step != stop:
             for group in state.optimizer.param_groups:
                 group["lr"] = training.rate(state.step, per_epoch)
             batch = state.training_batch()
@@ -48,7 +50,7 @@ def run_epoch(state: SearchState, recipe: Recipe, progress: Progress | None = No
             state.step += 1
             if progress is not None:
                 progress(state.step)
-    if not state.failed:
+    if not state.failed and state.epoch > epoch:
         for part in state.parts.values():
             part.end_epoch(state, recipe)
     state.seconds += time.perf_counter() - begin

@@ -54,10 +54,10 @@ def forecast(state: LoopState, recipe: Recipe, last: int, seeds: int = 1) -> For
         with watched:
             advance(state, recipe, steps=before["step"] + WARM_UP)
         kept.alive.clear()
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         advance(state, recipe, steps=before["step"] + WARM_UP + TIMED)
-        _wait(device)
+        wait(device)
         step_seconds = (time.perf_counter() - begin) / TIMED
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
@@ -95,7 +95,8 @@ def _state_bytes(state: LoopState) -> int:
     return sum(t.nbytes for t in (*tensors, *gradients, *held, *average))
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
