@@ -225,7 +225,8 @@ def make_evaluator(
     training: Mapping[str, Any] | None = None,
     scoring: Mapping[str, Any] | None = None,
 ) -> Evaluator:
-    """The evaluator that `text` names: `table:ID`, `train`, `proxy:NAMES`, `predictor:DIR` or `package.module:object`.
+    """The evaluator that `text` names: `table:ID`, `train`, `proxy:NAMES`, `predictor:DIR`, `supernet:RUN` or
+    `package.module:object`.
 
     training: the settings of `train`, as `TrainEvaluator.as_json` gives them. scoring: those of `proxy:NAMES`, the
     fields of `ProxyEvaluator` but the names. Errors: UserError; TestSplitError for an objective on test images.
@@ -237,14 +238,16 @@ def make_evaluator(
         return _proxy_evaluator(rest, objectives or (), scoring)
     if kind == "predictor" and rest:
         return _predictor_evaluator(rest, objectives or ())
+    if kind == "supernet" and rest:
+        return _supernet_evaluator(rest, objectives or ())
     if kind == "table" and rest:
         metrics = tuple(dict.fromkeys(o.name for o in objectives or ()))
         return TableEvaluator(rest, metrics, label, seed_policy)
     if colon and rest.replace(".", "_").isidentifier():
         _load(text)
         return ObjectEvaluator(text)
-    expected = "an evaluator: table:<benchmark id>, train, proxy:<names>, predictor:<folder> or package.module:object"
-    raise UserError(text, expected, _similar(text))
+    named = "table:<benchmark id>, train, proxy:<names>, predictor:<folder>, supernet:<run>"
+    raise UserError(text, f"an evaluator: {named} or package.module:object", _similar(text))
 
 
 def _proxy_evaluator(names: str, objectives: Sequence[Objective], scoring: Mapping[str, Any] | None) -> Evaluator:
@@ -272,6 +275,23 @@ def _predictor_evaluator(folder: str, objectives: Sequence[Objective]) -> Evalua
     return PredictorEvaluator(folder)
 
 
+def _supernet_evaluator(reference: str, objectives: Sequence[Objective]) -> Evaluator:
+    from nas.supernet.evaluator import METRICS, SupernetEvaluator
+
+    _refuse_others("a metric of a supernet", METRICS, objectives)
+    return SupernetEvaluator(reference)
+
+
+def _refuse_others(expected: str, known: Sequence[str], objectives: Sequence[Objective]) -> None:
+    """UserError for an objective that is not known, TestSplitError for one on test images."""
+    for objective in objectives:
+        if objective.name.startswith("test_"):
+            hint = "a metric of training or validation images; test images are for `nas train` and `nas evaluate`"
+            raise TestSplitError(objective.name, hint, objective.name.replace("test_", "val_", 1))
+        if objective.name not in known:
+            raise UserError(objective.name, f"{expected} ({one_of(known)})", nearest(objective.name, known))
+
+
 def _train_evaluator(objectives: Sequence[Objective], label: str, training: Mapping[str, Any] | None) -> Evaluator:
     from nas.training.evaluator import METRICS, TrainEvaluator
 
@@ -279,14 +299,7 @@ def _train_evaluator(objectives: Sequence[Objective], label: str, training: Mapp
         raise UserError("train", "the settings of a training beside it (a space and a recipe)")
     if label != "val":
         raise TestSplitError(label, "validation images: a search by training never sees test images", "val")
-    for objective in objectives:
-        if objective.name.startswith("test_"):
-            hint = "a metric of training or validation images; test images are for `nas train` and `nas evaluate`"
-            raise TestSplitError(objective.name, hint, objective.name.replace("test_", "val_", 1))
-        if objective.name not in METRICS:
-            raise UserError(
-                objective.name, f"a metric of a training ({one_of(METRICS)})", nearest(objective.name, METRICS)
-            )
+    _refuse_others("a metric of a training", METRICS, objectives)
     return TrainEvaluator.from_json(training)
 
 
