@@ -52,6 +52,7 @@ class Supernet(nn.Module):
     found by their labels (`nas.supernet.edges`).
     checkpointed: mixtures keep no activations for backward but compute them again.
     progress: attribute, 0 to 1, the share of the search that is done; set by the loop, read by temperature schedules.
+    kept: attribute, {label: the candidates that a restricted label still has}; see `restrict`.
 
     Errors: UserError for a module without Choices, for labels that name no edges where they must, for a narrow network
     that has other Choices.
@@ -81,6 +82,8 @@ class Supernet(nn.Module):
         self.labels = tuple(found)
         self.nodes = nodes if edge_normalisation else {}
         self.fixed: set[str] = set()
+        self.kept: dict[str, tuple[int, ...]] = {}
+        self._silent: dict[str, frozenset[int]] = {}
         self._mixed: dict[str, list[Choice]] = found
         # Lists, as a label may be no name of a parameter.
         self._alphas = nn.ParameterList(_initial(len(found[label][0].candidates), generator) for label in found)
@@ -106,16 +109,29 @@ class Supernet(nn.Module):
 
     def draw(self) -> Draw:
         """The weights of one forward pass; to be given to several where they must see the same ones."""
-        weights = {
-            label: self.relaxation.draw(alpha, self.generator, self.progress)
-            for label, alpha in self.alphas.items()
-            if label not in self.fixed
-        }
+        weights = {label: self._weights(label, a) for label, a in self.alphas.items() if label not in self.fixed}
         scales: dict[str, torch.Tensor] = {}
         for node, beta in self.betas.items():
             if not self.fixed.issuperset(self.nodes[node]):
                 scales.update(zip(self.nodes[node], beta.softmax(0)))
         return Draw(weights, scales)
+
+    def _weights(self, label: str, alpha: torch.Tensor) -> Weights:
+        kept = self.kept.get(label)
+        if kept is None:
+            found = self.relaxation.draw(alpha, self.generator, self.progress)
+        else:
+            inner = self.relaxation.draw(alpha[list(kept)], self.generator, self.progress)
+            places = torch.tensor(kept, device=alpha.device)
+            values = torch.zeros_like(alpha, requires_grad=False).scatter(0, places, inner.values)
+            found = Weights(values, kept if inner.active is None else tuple(kept[k] for k in inner.active))
+        silent = self._silent.get(label)
+        if silent is None:
+            return found
+        running = range(len(alpha)) if found.active is None else found.active
+        values = found.values * torch.tensor([k not in silent for k in range(len(alpha))]).to(found.values)
+        # Something has to run, at weight zero, so that the output has its shape.
+        return Weights(values, tuple(k for k in running if k not in silent) or tuple(running[:1]))
 
     @contextlib.contextmanager
     def drawn(self, draw: Draw | None = None) -> Iterator[nn.Module]:
@@ -151,6 +167,37 @@ class Supernet(nn.Module):
             if label not in self.labels:
                 raise UserError(label, f"a label of this supernet ({one_of(self.labels)})", nearest(label, self.labels))
         self.fixed -= set(self.labels if labels is None else labels)
+
+    def restrict(self, label: str, kept: Sequence[int]) -> None:
+        """Let a label's draw go over the candidates `kept` alone; the others have weight zero and do not run.
+
+        Restrictions replace each other; all candidates lift them. Alphas stay as they are. Errors: UserError for an
+        unknown label, no candidate, one twice, one that is not there.
+        """
+        if label not in self.labels:
+            raise UserError(label, f"a label of this supernet ({one_of(self.labels)})", nearest(label, self.labels))
+        count = len(self.alphas[label])
+        wanted = tuple(sorted(int(k) for k in kept))
+        if not wanted or len(set(wanted)) < len(wanted) or not 0 <= wanted[0] <= wanted[-1] < count:
+            raise UserError(list(kept), f"different candidates from 0 to {count - 1} for {label!r}, at least one")
+        self.kept.pop(label, None)
+        if len(wanted) < count:
+            self.kept[label] = wanted
+
+    def candidates_of(self, label: str) -> tuple[int, ...]:
+        """The candidates that a label has: all, or those it is restricted to."""
+        return self.kept.get(label, tuple(range(len(self.alphas[label]))))
+
+    @contextlib.contextmanager
+    def without(self, label: str, candidates: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside, the weights of these candidates (None: of all) are zero in every draw; the others keep theirs."""
+        before = self._silent
+        silent = range(len(self.alphas[label])) if candidates is None else candidates
+        self._silent = {**before, label: before.get(label, frozenset()) | frozenset(silent)}
+        try:
+            yield
+        finally:
+            self._silent = before
 
 
 def supernet_of(
