@@ -12,9 +12,13 @@ import nas
 from nas.cli import options
 from nas.cli.context import command_line, default_folder, environment
 from nas.cli.output import Output
+from nas.cli.supernet_compare import compare
+from nas.cli.supernet_rank import rank
 from search_spaces.common.errors import RunError, UserError
 
 app = typer.Typer(no_args_is_help=True, help="Differentiable search in supernets: DARTS, PC-DARTS and relatives.")
+app.command("rank")(rank)
+app.command("compare")(compare)
 EPOCH_LINES = 20
 
 
