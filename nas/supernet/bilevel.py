@@ -19,6 +19,7 @@ from torch import Tensor
 from search_spaces.common.errors import UserError
 
 Loss = Callable[[], Tensor]
+Average = Callable[[Sequence[Tensor]], None]
 
 
 def first_order(val_loss: Loss, alphas: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -39,6 +40,7 @@ def second_order(
     buffers: Sequence[Tensor] = (),
     exact: bool = False,
     radius: float = 0.01,
+    average: Average | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The validation loss after one step of the weights, and its gradient to `alphas` through that step.
 
@@ -48,12 +50,16 @@ def second_order(
     default the central difference over w +- eps v, eps = radius / ||v||; `exact=True` differentiates twice, which
     needs operations with second derivatives and the memory of a graph of gradients. Weights, and the `buffers` given
     (BatchNorm's statistics), have the same bits afterwards, also after an exception.
+    average: overwrites gradients with their means over several processes that each see a share of both batches; the
+    finite difference is then that of the whole batch.
     Source: DARTS, equations 6 to 8; radius .01 from quark0/darts, cnn/architect.py. Errors: UserError for an optimiser
     with dampening or maximisation.
     """
     weights, plain, decays, momenta = _step_of(optimizer)
     with kept(buffers):
+        mean = average or (lambda gradients: None)
         slopes = torch.autograd.grad(train_loss(), weights, allow_unused=True)
+        mean([slope for slope in slopes if slope is not None])
         # As in SGD, a weight that the loss does not use stands still.
         moved = [i for i, slope in enumerate(slopes) if slope is not None]
         with kept(weights):
@@ -63,11 +69,13 @@ def second_order(
                     w.sub_(plain[i] * (slope + decays[i] * w) + momenta[i])
             loss = val_loss()
             both = gradients(loss, [*alphas, *(weights[i] for i in moved)])
+            mean(both)
         direct, slopes_after = both[: len(alphas)], both[len(alphas) :]
         # The learning rate (and Nesterov's factor) of each group goes into the vector, so that groups may differ.
         vector = [plain[i] * v for i, v in zip(moved, slopes_after)]
         product = _mixed_exact if exact else _mixed_by_difference
         through = product(train_loss, [weights[i] for i in moved], alphas, vector, radius)
+        mean(through)
     return loss.detach(), [d - t for d, t in zip(direct, through)]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,18 @@ class Processes:
         if self.world > 1:
             distributed.all_reduce(values)
         return values
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite each of `tensors` with its mean over all processes; one message for all of a kind."""
+        if self.world == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            joint = torch.cat([tensor.detach().flatten() for tensor in same])
+            distributed.all_reduce(joint)
+            parts = (joint / self.world).split([tensor.numel() for tensor in same])
+            for tensor, part in zip(same, parts):
+                tensor.detach().copy_(part.view_as(tensor))
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every process, by rank."""
