@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.supernet.bilevel import first_order, second_order, set_gradients
-from nas.supernet.losses import cross_entropy, regularization
+from nas.supernet.losses import alphas_loss, cross_entropy
 from nas.supernet.network import Supernet
 from nas.supernet.recipe import Recipe
 from nas.supernet.state import SearchState
@@ -27,8 +27,7 @@ def alpha_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int) -> 
     def val_loss() -> Tensor:
         loss = cross_entropy(supernet(held_out.images), held_out, recipe)
         seen.append(loss.detach())
-        term = regularization(supernet, recipe, epoch)
-        return loss if term is None else loss + term
+        return alphas_loss(loss, state, recipe, epoch)
 
     if recipe.solver == "second-order":
         rewound = _rewinding(supernet, state.random)
@@ -44,12 +43,22 @@ def alpha_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int) -> 
         buffers = list(supernet.network.buffers())
         _, slopes = second_order(train_loss, val_after, alphas, state.optimizer, buffers=buffers)  # type: ignore[arg-type]
     else:
-        _, slopes = first_order(val_loss, alphas)
+        weights = _watched_weights(state)
+        _, slopes = first_order(val_loss, [*alphas, *weights])
+        set_gradients(weights, slopes[len(alphas) :])
+        slopes = slopes[: len(alphas)]
     set_gradients(alphas, slopes)
     for part in state.parts.values():
         part.before_alphas(state, recipe, held_out)
     descend_alphas(state, recipe, float(seen[-1]))
     return float(seen[-1])
+
+
+def _watched_weights(state: SearchState) -> list[nn.Parameter]:
+    """The weights whose gradients of the validation loss a part of the search wants; none where no part does."""
+    if not any(part.wants_held_out_gradients for part in state.parts.values()):
+        return []
+    return [p for p in state.supernet.weight_parameters() if p.requires_grad]
 
 
 def descend_alphas(state: SearchState, recipe: Recipe, loss: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nas.supernet.auxiliary import add_auxiliary_skips
 from nas.supernet.candidates import check_candidates
 from nas.supernet.edges import edges_into_nodes
 from nas.supernet.network import EDGE_LABELS, PartialChannels, Supernet
@@ -63,13 +64,17 @@ def make_supernet(space: SearchSpace, recipe: Recipe, data: Dataset, *, seed: in
             narrow = space.choices(**{**scale, "channels": recipe.channels // recipe.partial})
             _prepare(narrow, space, recipe)
             partial = PartialChannels(recipe.partial, narrow)
-        return Supernet(
+        supernet = Supernet(
             network,
             recipe.make_relaxation(),
             generator=torch.Generator().manual_seed(seed),
             partial=partial,
             edge_normalisation=recipe.edge_normalisation,
+            checkpointed=recipe.checkpointed,
         )
+        if recipe.auxiliary_skip:
+            add_auxiliary_skips(supernet, recipe.auxiliary_skip)
+        return supernet
 
 
 def search_data(data: Dataset, recipe: Recipe, *, images: int | None, seed: int) -> Dataset:

@@ -31,6 +31,9 @@ class Mixed(Choice):
 
     checkpointed: activations of the mixture are computed again during backward instead of being kept. Value, gradient
     and buffers are those of the plain mixture.
+
+    auxiliary: attribute, a module that runs beside the mixed candidates, on what they see, and is added with the factor
+    `auxiliary_weight` (DARTS-); None, the default, for none. A selected candidate runs without it.
     """
 
     def __init__(self, candidates: Iterable[nn.Module], label: str, *, partial: int = 1, checkpointed: bool = False):
@@ -40,12 +43,13 @@ class Mixed(Choice):
         self.partial, self.checkpointed = partial, checkpointed
         self.weights: Weights | None = None
         self.scale: torch.Tensor | None = None
+        self.auxiliary: nn.Module | None = None
+        self.auxiliary_weight = 1.0
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.weights is None:
             return self._around(self.candidates[self.selected], *inputs)
-        values, active = self.weights.values, self.weights.active
-        mixture = functools.partial(self._around, functools.partial(self._mixture, active, values))
+        mixture = functools.partial(self._around, functools.partial(self._mixture, self.weights))
         if self.checkpointed and torch.is_grad_enabled():
             contexts = contextlib.nullcontext(), _AsNow(self)
             y = checkpoint(mixture, *inputs, use_reentrant=False, context_fn=lambda: contexts)
@@ -53,11 +57,20 @@ class Mixed(Choice):
             y = mixture(*inputs)
         return y if self.scale is None else self.scale * y
 
-    def _mixture(self, active: tuple[int, ...] | None, values: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        running = range(len(self.candidates)) if active is None else active
+    def _mixture(self, weights: Weights, *inputs: torch.Tensor) -> torch.Tensor:
+        values, everything = weights.values, range(len(self.candidates))
+        running = everything if weights.active is None else weights.active
         # `none` adds zeros and has no gradient: it runs only where nothing else does.
         adding = [k for k in running if not isinstance(self.candidates[k], Zero)] or running[:1]
-        return functools.reduce(torch.add, [times(self.candidates[k], values[k], *inputs) for k in adding])
+        terms = [times(self.candidates[k], values[k], *inputs) for k in adding]
+        if weights.gated and values.requires_grad and torch.is_grad_enabled():
+            others = [k for k in everything if k not in running and not isinstance(self.candidates[k], Zero)]
+            with torch.no_grad():  # of a candidate that adds nothing only the output is kept, not what lies inside it
+                outputs = [self.candidates[k](*inputs) for k in others]
+            terms += [values[k] * output for k, output in zip(others, outputs)]
+        if self.auxiliary is not None and self.auxiliary_weight != 0:
+            terms.append(self.auxiliary_weight * self.auxiliary(*inputs))
+        return functools.reduce(torch.add, terms)
 
     def _around(self, function: Any, *inputs: torch.Tensor) -> torch.Tensor:
         """The output of `function`, on part of the channels where there are partial ones."""
@@ -112,8 +125,8 @@ class _AsNow:
 
     def _set(self, settings: list[tuple]) -> None:
         for (part, _), setting in zip(self.mixtures, settings):
-            part.weights, part.scale, part.selected = setting
+            part.weights, part.scale, part.selected, part.auxiliary_weight = setting
 
 
 def _setting(part: Mixed) -> tuple:
-    return part.weights, part.scale, part.selected
+    return part.weights, part.scale, part.selected, part.auxiliary_weight

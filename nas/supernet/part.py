@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from nas.supernet.recipe import Recipe
@@ -16,13 +19,28 @@ class Part:
 
     A part is made for each search by `nas.supernet.parts.parts_of` and may keep what it needs as attributes; what the
     next step depends on is in its `state_dict`.
+
+    wants_held_out_gradients: whether `before_alphas` finds in the weights' `.grad` the gradients of the loss that the
+    alphas saw (first-order; they are gone at the weights' step).
     """
+
+    wants_held_out_gradients: bool = False
 
     def begin_epoch(self, state: SearchState, recipe: Recipe) -> None:
         """Before the first step of epoch `state.epoch`, also after a resume there."""
 
+    def prepare(self, state: SearchState, recipe: Recipe, folder: Path) -> None:
+        """A run begins or goes on in `folder`; nothing is loaded yet. What other seeds may share is kept there."""
+
+    def after_outputs(self, state: SearchState, recipe: Recipe, outputs: Tensor, batch: Batch) -> None:
+        """In a step of the weights, after each forward pass; outputs: [B, classes], detached."""
+
     def before_weights(self, state: SearchState, recipe: Recipe, batch: Batch) -> None:
         """The gradients of the weights are there (clipped), their step is not taken yet."""
+
+    def alphas_loss(self, loss: Tensor) -> Tensor:
+        """The loss of the alphas, from their cross-entropy."""
+        return loss
 
     def before_alphas(self, state: SearchState, recipe: Recipe, held_out: Batch) -> None:
         """The gradients of the alphas are there, their step is not taken yet."""

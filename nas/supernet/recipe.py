@@ -6,8 +6,29 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from nas.supernet.relaxation import Dirichlet, GumbelHard, GumbelSoft, Relaxation, Sigmoid, Softmax, UniformPath
-from nas.supernet.settings import NESTED, Evolution
+from nas.supernet.regularizers import DECAYS
+from nas.supernet.relaxation import (
+    BinaryGates,
+    Dirichlet,
+    GumbelHard,
+    GumbelSoft,
+    Relaxation,
+    SampledPath,
+    Sigmoid,
+    Softmax,
+    UniformPath,
+)
+from nas.supernet.settings import (
+    NESTED,
+    Evolution,
+    Freezing,
+    Importance,
+    Latency,
+    Projection,
+    Relaxed,
+    Shapley,
+    Stages,
+)
 from nas.training.recipe import Recipe as Training
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
@@ -19,11 +40,13 @@ RELAXATIONS: dict[str, type] = {
     "gumbel-hard": GumbelHard,
     "dirichlet": Dirichlet,
     "uniform-path": UniformPath,
+    "sampled-path": SampledPath,
+    "binary-gates": BinaryGates,
 }
-SOLVERS = ("first-order", "second-order", "single-level", "weights-only")
+SOLVERS = ("first-order", "second-order", "single-level", "relaxed", "shapley", "weights-only")
 REGULARIZERS = ("beta-decay", "zero-one", "entropy")
 PERTURBATIONS = ("random", "adversarial")
-DISCRETIZATIONS = ("softmax", "sigmoid", "evolution")
+DISCRETIZATIONS = ("softmax", "sigmoid", "perturbation", "evolution")
 
 
 @dataclass(frozen=True)
@@ -35,19 +58,32 @@ class Recipe:
     relaxation: a name in RELAXATIONS; temperature: its (start, end), linear in epochs (model_search.py: softmax).
     partial: k of partial channels, edge_normalisation: both Xu et al. 2020 (PC-DARTS), sections 3.2 and 3.3; 1, False
     in DARTS. solver: `first-order`, `second-order` (architect.py, --unrolled), `single-level` (alpha and weights from
-    one training loss), `weights-only` (alphas are not used).
+    one training loss), `relaxed` (two copies of the weights, with its factors; RARTS), `shapley` (alphas follow values
+    of the candidates, estimated before every epoch), `weights-only` (alphas are not used). strict_fairness: a step of
+    the weights sums the gradients of as many paths as there are candidates, in which each occurs once (FairNAS).
+    importance: paths and images are drawn by it (PA&DA).
     alpha_first: within an iteration alphas move before the weights (train_search.py).
-    alpha_warmup_epochs: epochs in which only the weights move. alpha_rate, alpha_betas, alpha_decay: Adam's, with an L2
-    term (architect.py); alpha_clip: largest norm of its gradient, None for any.
+    alpha_warmup_epochs: epochs in which only the weights move. alpha_every: steps of the weights to one of the alphas
+    (ProxylessNAS). latency: the alphas' loss has the latency expected of a network (ProxylessNAS).
+    alpha_rate, alpha_betas, alpha_decay: Adam's, with an L2 term (architect.py); alpha_clip: largest norm of its
+    gradient, None for any.
     regularizer: a term of alpha's loss, in REGULARIZERS, with regularizer_weight; regularizer_ramp: the weight grows
     from 0 linearly over the epochs. perturbation: of the mixing weights in the weights' steps (SDARTS), with
     perturbation_radius (first epoch, towards the last), linear.
+    auxiliary_skip: factor of a skip connection beside every mixture in the first epoch, falling towards 0 in the shape
+    auxiliary_skip_decay (`regularizers.DECAYS`; DARTS-); 0 for none. freezing: of operations' weights (OLES).
     early_stop: measure the Hessian's largest eigenvalue every epoch and stop as Robust DARTS does
-    (`nas.supernet.hessian.early_stop`). discretization: strengths by softmax or sigmoid, or `evolution` among paths.
+    (`nas.supernet.hessian.early_stop`). discretization: strengths by softmax or sigmoid, `perturbation` (DARTS-PT, with
+    the settings of the projection), or `evolution` among paths. gate_threshold: candidates chosen have strengths above
+    it (Fair DARTS). skip_cap: the most skip connections in the architecture, None for any number (P-DARTS); both as in
+    `nas.supernet.discretization.Rules`. skip_dropout: probability of dropping an entry behind a skip connection
+    (`nas.supernet.skip_dropout`; P-DARTS). stages: supernets one after another (P-DARTS, DrNAS).
     weight_images, alpha_images: shares of the training images (train_search.py, --train_portion .5).
     channels, layers (of the space darts), stem (darts), cells_per_stage (nas-bench-201): the network searched in
     (train_search.py: 16, 8; D-X-Y/AutoDL-Projects: 16, 5). affine: whether normalisations in searched cells have
     weights (operations.py: no). norm_after_pools: BatchNorm without weights after pooling, in darts (model_search.py).
+    checkpointed: mixtures compute their activations again in the backward pass instead of keeping them: the same
+    search with less memory and more time.
     source: the paper and code. Errors: UserError for unknown names and values out of range.
     """
 
@@ -60,7 +96,12 @@ class Recipe:
     edge_normalisation: bool = False
     solver: str = "first-order"
     alpha_first: bool = True
+    relaxed: Relaxed | None = None
+    strict_fairness: bool = False
+    importance: Importance | None = None
     alpha_warmup_epochs: int = 0
+    alpha_every: int = 1
+    latency: Latency | None = None
     alpha_rate: float = 3e-4
     alpha_betas: tuple[float, float] = (0.5, 0.999)
     alpha_decay: float = 1e-3
@@ -70,8 +111,17 @@ class Recipe:
     regularizer_ramp: bool = False
     perturbation: str | None = None
     perturbation_radius: tuple[float, float] = (0.03, 0.3)
+    auxiliary_skip: float = 0.0
+    auxiliary_skip_decay: str = "linear"
+    freezing: Freezing | None = None
+    shapley: Shapley | None = None
     early_stop: bool = False
     discretization: str = "softmax"
+    gate_threshold: float | None = None
+    skip_cap: int | None = None
+    skip_dropout: float = 0.0
+    stages: Stages | None = None
+    projection: Projection | None = None
     evolution: Evolution | None = None
     weight_images: float = 0.5
     alpha_images: float = 0.5
@@ -81,6 +131,7 @@ class Recipe:
     stem: str = "cifar"
     affine: bool = False
     norm_after_pools: bool = True
+    checkpointed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "alpha_betas", "perturbation_radius"):
@@ -95,13 +146,14 @@ class Recipe:
             ("regularizer", REGULARIZERS, "a regulariser"),
             ("perturbation", PERTURBATIONS, "a perturbation"),
             ("discretization", DISCRETIZATIONS, "a discretisation"),
+            ("auxiliary_skip_decay", DECAYS, "a decay"),
         ):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, match(str(getattr(self, name)), known, kind))
-        for name in ("partial", "channels", "layers", "cells_per_stage"):
+        for name in ("partial", "alpha_every", "channels", "layers", "cells_per_stage"):
             if getattr(self, name) < 1:
                 raise UserError(getattr(self, name), f"a positive number for {name}")
-        for name in ("alpha_warmup_epochs", "alpha_decay", "regularizer_weight"):
+        for name in ("alpha_warmup_epochs", "alpha_decay", "regularizer_weight", "auxiliary_skip"):
             if not getattr(self, name) >= 0:
                 raise UserError(getattr(self, name), f"{name} of at least 0")
         if not self.alpha_rate > 0 or (self.alpha_clip is not None and not self.alpha_clip > 0):
@@ -116,11 +168,50 @@ class Recipe:
             raise UserError(self.discretization, "discretization=evolution and settings of the evolution together")
         if self.discretization == "evolution" and self.solver != "weights-only":
             raise UserError(self.solver, "weights-only with discretization=evolution", "weights-only")
-        if self.perturbation is not None and self.solver in ("single-level", "weights-only"):
+        if self.perturbation is not None and self.solver in ("single-level", "relaxed", "weights-only"):
             raise UserError(self.perturbation, f"no perturbation with the solver {self.solver}")
         if self.early_stop and self.solver == "weights-only":
             raise UserError("early_stop", "alphas, whose Hessian it watches")
+        if self.freezing is not None and not (self.solver == "first-order" and self.alpha_first):
+            raise UserError(self.solver, "first-order with alphas first, the only way with freezing", "first-order")
+        if (self.solver == "shapley") != (self.shapley is not None):
+            raise UserError(self.solver, "solver=shapley and its settings together")
+        if self.solver == "shapley" and self.edge_normalisation:
+            raise UserError("edge_normalisation", "none with the solver shapley: betas would stand still")
+        self._check_steps()
+        self._check_reading()
         self.make_relaxation()
+
+    def _check_reading(self) -> None:
+        """How architectures are read off fits the rest."""
+        if (self.discretization == "perturbation") != (self.projection is not None):
+            raise UserError(self.discretization, "discretization=perturbation and settings of the projection together")
+        if self.gate_threshold is not None and not 0 <= self.gate_threshold < 1:
+            raise UserError(self.gate_threshold, "a gate_threshold from 0, below 1")
+        if self.skip_cap is not None and self.skip_cap < 0:
+            raise UserError(self.skip_cap, "a skip_cap of at least 0")
+        if not 0 <= self.skip_dropout < 1:
+            raise UserError(self.skip_dropout, "a skip_dropout from 0, below 1")
+        if self.stages is not None or self.projection is not None:
+            name = "projection" if self.stages is None else "stages"
+            if self.early_stop or self.solver == "weights-only":
+                given = "early_stop" if self.early_stop else self.solver
+                raise UserError(given, f"alphas and no early stop with {name}")
+
+    def _check_steps(self) -> None:
+        """What takes steps of its own allows no other."""
+        if (self.solver == "relaxed") != (self.relaxed is not None):
+            raise UserError(self.solver, "solver=relaxed and its settings together")
+        if self.solver == "relaxed" and (self.alpha_warmup_epochs or self.alpha_every > 1 or self.alpha_clip):
+            given = [self.alpha_warmup_epochs, self.alpha_every, self.alpha_clip]
+            expected = "no alpha_warmup_epochs, alpha_every or alpha_clip with the solver relaxed"
+            raise UserError(given, f"{expected}: alphas move in every step")
+        if self.strict_fairness and (self.solver, self.relaxation) != ("weights-only", "uniform-path"):
+            raise UserError(f"{self.solver}, {self.relaxation}", "weights-only and uniform-path with strict_fairness")
+        if self.importance is not None and (self.solver, self.relaxation) != ("weights-only", "sampled-path"):
+            raise UserError(f"{self.solver}, {self.relaxation}", "weights-only and sampled-path with importance")
+        if self.latency is not None and self.solver in ("relaxed", "weights-only"):
+            raise UserError(self.solver, "a solver whose alphas have a loss of their own with latency", "first-order")
 
     @property
     def shares(self) -> float:
@@ -174,7 +265,7 @@ class Recipe:
     @staticmethod
     def from_json(found: Mapping[str, Any]) -> Recipe:
         """The recipe whose `dataclasses.asdict` this is."""
-        parts = {name: found[name] and kind(**found[name]) for name, kind in NESTED.items()}
+        parts = {name: found.get(name) and kind(**found[name]) for name, kind in NESTED.items()}
         return Recipe(**{**found, **parts, "training": Training(**found["training"])})
 
 

@@ -7,13 +7,20 @@ lies. All terms are differentiable scalars.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
+
+# Shapes in which the factor of an auxiliary skip connection falls from 1 to 0 while progress goes from 0 to 1.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,  # half a period
+    "slow-cosine": lambda progress: math.cos(math.pi / 2 * progress),  # a quarter
+}
 
 
 def beta_decay(alphas: Sequence[Tensor]) -> Tensor:
@@ -60,18 +67,13 @@ def beta_decay_weight(epoch: float, epochs: int = 100, largest: float = 50.0) ->
 def auxiliary_skip_weight(epoch: float, epochs: int = 50, start: float = 1.0, decay: str = "linear") -> float:
     """The factor of the skip connection that DARTS- adds to every mixed operation: from `start` to 0.
 
-    decay: "linear", "cosine" (half a period), "slow-cosine" (a quarter). Chu et al. 2021 (DARTS-, arXiv 2009.01027);
+    decay: a name in DECAYS. Chu et al. 2021 (DARTS-, arXiv 2009.01027);
     code Meituan-AutoML/DARTS- 66ec8a5, src/utils.py. Errors: UserError for another decay or an epoch out of range.
     """
     progress = _progress(epoch, epochs)
-    shapes = {
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        "slow-cosine": math.cos(math.pi / 2 * progress),
-    }
-    if decay not in shapes:
-        raise UserError(decay, one_of(shapes), nearest(decay, shapes))
-    return start * shapes[decay]
+    if decay not in DECAYS:
+        raise UserError(decay, one_of(DECAYS), nearest(decay, DECAYS))
+    return start * DECAYS[decay](progress)
 
 
 def _progress(epoch: float, epochs: int) -> float:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 from nas.supernet.alpha_steps import alpha_step
 from nas.supernet.recipe import Recipe
+from nas.supernet.relaxed import relaxed_iteration
 from nas.supernet.state import SearchState
 from nas.supernet.weight_steps import Totals, weight_step
+from nas.training.batches import Batch
 from nas.training.loop import random_states, training_errors
 
 Progress = Callable[[int], None]
@@ -20,15 +22,16 @@ def run_epoch(
     """One pass over the images of the weights; the means of `train_loss`, `train_acc` and, from the alphas' batches,
     `alpha_loss`. A loss, gradient or parameter that is not finite ends it: the state is then `failed`.
 
-    progress: called with the number of steps done after each. stop: leave the epoch before this step. Errors: UserError for a batch that cannot be normalised,
-    RunError for too little memory.
+    progress: called with the number of steps done after each. stop: leave the epoch before this step. Errors:
+    UserError for a batch that cannot be normalised, RunError for too little memory.
     """
     per_epoch, epoch = state.batches.steps_per_epoch, state.epoch
     training = recipe.training.resolved(per_epoch)
     supernet = state.supernet
     supernet.progress = epoch / max(recipe.epochs - 1, 1)
     totals, alpha_losses = Totals(), []
-    moving = state.alpha_optimizer is not None and epoch >= recipe.alpha_warmup_epochs
+    by_steps = state.alpha_optimizer is not None and recipe.solver != "shapley"
+    warm = by_steps and epoch >= recipe.alpha_warmup_epochs
     begin = time.perf_counter()
     supernet.train()
     for part in state.parts.values():
@@ -38,13 +41,8 @@ def run_epoch(
             for group in state.optimizer.param_groups:
                 group["lr"] = training.rate(state.step, per_epoch)
             batch = state.training_batch()
-            single = recipe.solver == "single-level"
-            if moving and not single and recipe.alpha_first:
-                alpha_losses.append(alpha_step(state, recipe, batch, epoch))
-            if not state.failed:
-                weight_step(state, recipe, batch, epoch, totals, both=single and moving)
-            if moving and not single and not recipe.alpha_first and not state.failed:
-                alpha_losses.append(alpha_step(state, recipe, batch, epoch))
+            moving = warm and (state.step + 1) % recipe.alpha_every == 0
+            alpha_losses += _iteration(state, recipe, batch, epoch, totals, moving)
             if state.failed:
                 break
             state.step += 1
@@ -56,3 +54,21 @@ def run_epoch(
     state.seconds += time.perf_counter() - begin
     means = totals.means()
     return means | ({"alpha_loss": sum(alpha_losses) / len(alpha_losses)} if alpha_losses else {})
+
+
+def _iteration(
+    state: SearchState, recipe: Recipe, batch: Batch, epoch: int, totals: Totals, moving: bool
+) -> list[float]:
+    """A step of the weights, and of the alphas if they are `moving`; the loss of a step that only these took."""
+    if recipe.solver == "relaxed":
+        return [relaxed_iteration(state, recipe, batch, epoch, totals)]
+    if recipe.solver == "single-level" or not moving:
+        weight_step(state, recipe, batch, epoch, totals, both=moving)
+        return []
+    if recipe.alpha_first:
+        loss = alpha_step(state, recipe, batch, epoch)
+        if not state.failed:
+            weight_step(state, recipe, batch, epoch, totals, both=False)
+        return [loss]
+    weight_step(state, recipe, batch, epoch, totals, both=False)
+    return [] if state.failed else [alpha_step(state, recipe, batch, epoch)]

@@ -25,6 +25,7 @@ class Scale:
     images: int | None = None
     changes: Mapping[str, Any] | None = None
     evolution: Mapping[str, Any] | None = None
+    shapley: Mapping[str, Any] | None = None
 
 
 _HALVES = {"weight_images": 0.5, "alpha_images": 0.5, "stem": "cifar", "warmup_epochs": 0.0}
@@ -39,6 +40,7 @@ SCALES: dict[str, Scale] = {
         images=5000,
         changes={"channels": 8, "cells_per_stage": 1, "layers": 3, **_HALVES},
         evolution={"max_macs": None, "recalibration": (10, 128), "evaluation": (5, 200)},
+        shapley={"images": 128},
     ),
     "tiny": Scale(
         "tiny",
@@ -52,6 +54,7 @@ SCALES: dict[str, Scale] = {
             **{"population": 8, "generations": 3, "crossover": 4, "mutation": 3, "parents": 4, "max_macs": None},
             **{"recalibration": (2, 100), "evaluation": (2, 100)},
         },
+        shapley={"images": 64, "permutations": 3},
     ),
 }
 
@@ -78,4 +81,6 @@ def scaled(found: Recipe, scale: str, *, flip: bool = True) -> Recipe:
         }
     if found.evolution is not None and wanted.evolution is not None:
         changes |= {f"evolution_{name}": value for name, value in wanted.evolution.items()}
+    if found.shapley is not None and wanted.shapley is not None:
+        changes |= {f"shapley_{name}": value for name, value in wanted.shapley.items()}
     return found.replaced(changes)
