@@ -32,6 +32,10 @@ def export(
         int | None, typer.Option(help="Channels of an image, features of a graph's node (default: the space's).")
     ] = None,
     size: Annotated[int | None, typer.Option(help="Height and width of the example input (default: 32).")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Of a search in a supernet: random (default), or inherited: those the network shares there."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files.")] = False,
     seed: options.Seed = 0,
     json: options.Json = False,
@@ -47,10 +51,12 @@ def export(
         raise UserError("--space", "one of: RUN:best, or --space with --arch")
     if (space is None) != (arch is None):
         raise UserError("--arch" if arch is None else arch, "--space and --arch together")
+    if weights is not None and reference is None:
+        raise UserError("--weights", "RUN:best with it: a search in a supernet")
     check_target(to, force=force)
     build = Build(norm, act, layer, options.read_settings(scale), num_classes, in_channels, size, seed)
     if reference is not None:
-        subject = from_run(reference, build)
+        subject = from_run(reference, build, weights)
     else:
         subject = named_architecture(str(space), str(arch), build)
     card = replace(subject.card, command=command_line(), versions=_versions())

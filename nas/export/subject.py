@@ -15,6 +15,7 @@ from nas.export.card import Card
 from nas.run import Run
 from nas.training.task import layer_factories
 from search_spaces.common.errors import UserError
+from search_spaces.common.names import match
 from search_spaces.space import SearchSpace
 
 TRAINABLE = ("digits", "cifar10", "cifar100")  # data sets of tables that `nas train` knows by the same name
@@ -71,10 +72,15 @@ def named_architecture(space: str, text: str, build: Build) -> Subject:
     return _untrained(found, space, text, build, train=words, data=None)
 
 
-def from_run(reference: str, build: Build) -> Subject:
+WEIGHTS = ("random", "inherited")
+
+
+def from_run(reference: str, build: Build, weights: str | None = None) -> Subject:
     """What RUN, RUN:best or RUN:<number> names: of a training with its weights, of a search with random ones.
 
-    Errors: UserError, also for a search over layers, and for settings in `build` that a training has fixed.
+    weights: `inherited` for those that the architecture shares in the supernet of a search, with the supernet's size.
+    Errors: UserError, also for a search over layers, for settings in `build` that a training or a supernet has fixed,
+    and for weights of a training or of a search without a supernet.
     """
     from nas.references import find_architecture
 
@@ -83,8 +89,14 @@ def from_run(reference: str, build: Build) -> Subject:
     kind = run.settings.get("kind")
     if kind == "layers":
         raise UserError(reference, f"a run over networks; this found a layer (nas layers export {reference} --to FILE)")
+    if weights is not None:
+        weights = match(weights, WEIGHTS, "weights")
     if kind == "training":
+        if weights is not None:
+            raise UserError("--weights", f"no such option with {reference}: it has the weights of its training")
         return _trained(reference, build)
+    if weights == "inherited":
+        return _inherited(reference, build)
     found = find_architecture(reference)
     settings = found.run.settings
     if found.training:
@@ -170,10 +182,7 @@ def _untrained(
 def _trained(reference: str, build: Build) -> Subject:
     from nas.training.trained import load_trained
 
-    for name, value in vars(replace(build, seed=0)).items():
-        if value not in (None, {}, 0):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(option, f"no such option with {reference}: its training has settled the network")
+    _refuse_settings(build, f"no such option with {reference}: its training has settled the network")
     trained = load_trained(reference)
     task, settings = trained.task, trained.run.settings
     example = (torch.zeros(2, *trained.data.shape),)
@@ -204,6 +213,42 @@ def _trained(reference: str, build: Build) -> Subject:
         training=settings.get("command"),
     )
     return Subject(trained.model, example, card)
+
+
+def _inherited(reference: str, build: Build) -> Subject:
+    from nas.supernet.inherited import load_inherited
+
+    _refuse_settings(build, "no such option with --weights inherited: the supernet has settled the network")
+    found = load_inherited(reference)
+    trained, data = found.trained, found.trained.data
+    example = (torch.zeros(2, *data.shape),)
+    supernet = f"the {trained.task.recipe.name} supernet in {trained.run.path} (seed {trained.seed})"
+    metrics = {name: value for name, value in (found.record.metrics or {}).items() if name in ("val_acc", "val_loss")}
+    source = "measured by the search with these weights, on images that they were not trained on"
+    if found.run.path != trained.run.path and trained.task.recipe.evolution is not None:
+        source += " (BatchNorm statistics of fewer or more images than here)"
+    card = Card(
+        title=f"{trained.space.name} network with weights inherited from a supernet",
+        space=trained.task.space,
+        arch=found.arch,
+        scale=trained.network,
+        macs=_macs(trained.space, trained.space.decode(found.arch), trained.network, example),
+        input_shape=tuple(data.shape),
+        trained=True,
+        metrics=metrics,
+        metrics_source=source,
+        data=f"{trained.task.data} ({', '.join(data.classes)})" if data.num_classes <= 20 else trained.task.data,
+        preprocessing=_preprocessing(data.mean, data.std, data.train.images.dtype),
+        origin=f"{found.run.path}, trial {found.record.id}; weights of {supernet}",
+        training=trained.run.settings.get("command"),
+    )
+    return Subject(found.model, example, card)
+
+
+def _refuse_settings(build: Build, expected: str) -> None:
+    for name, value in vars(replace(build, seed=0)).items():
+        if value not in (None, {}, 0):
+            raise UserError(f"--{name.replace('_', '-')}", expected)
 
 
 def _preprocessing(mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> str:

@@ -21,6 +21,7 @@ from search_spaces.common.errors import UserError
 from search_spaces.space import SearchSpace
 
 SEARCHED = "supernet:"  # with which the evaluator of a search among the paths of a supernet begins
+BESIDE = ".auxiliary."
 POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -80,6 +81,8 @@ def with_shared_weights(supernet: Supernet, space: SearchSpace, arch: Any, **net
     with selected(supernet, selection):
         _check(supernet)
         shared = {name: value.clone() for name, value in selected_state_dict(supernet.network).items()}
+    # Beside a mixture, as DARTS- has skip connections: a selected candidate runs without it.
+    shared = {name: value for name, value in shared.items() if name in model.state_dict() or BESIDE not in name}
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             shared.setdefault(f"{name}.weight", torch.ones(module.num_features))

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.columns import parse_column
 from benchmarks.table import Table
 from nas.evaluators import default_metric
-from nas.objectives import parse_objectives
+from nas.objectives import MAXIMIZED_ENDINGS
 from nas.run import Run
 from nas.scoring.correlation import ProxyCorrelation, correlate, with_counts
 from nas.scoring.many import ScoreTable
 from nas.supernet.evolution import RECALIBRATION
 from nas.supernet.trained import TrainedSupernet, open_trained, seeds_of
 from nas.training.data import Split
-from search_spaces.common.errors import RunError, UserError
+from search_spaces.common.errors import RunError, UserError, one_of
 from search_spaces.common.files import atomic_write, locked
+from search_spaces.common.names import nearest
 from search_spaces.registry import load_space
 
 SCORE = "supernet"  # the name under which shared accuracies stand among other scores
@@ -78,7 +80,7 @@ def rank(
     resamples: int = 200,
     progress: Progress | None = None,
 ) -> Ranking:
-    """Score `sample` architectures of a table (None: all) in the supernets of a run, by default of all its seeds.
+    """Score `sample` architectures of a table (None: one of every key) in the supernets of a run, by default of all its seeds.
 
     An architecture's score is its accuracy with the weights it shares, on the images of the alphas (at most `images`),
     BatchNorm's statistics taken on those of the weights (`path_accuracy`). Regrets are against the best of the sample,
@@ -123,7 +125,7 @@ def rank(
 
 
 def sample_distinct(table: Table, count: int | None, rng: np.random.Generator) -> np.ndarray:
-    """`count` rows of a table in the order drawn, their architectures distinct by the space's key; None for all.
+    """`count` rows of a table in the order drawn, their architectures distinct by the space's key; None for all keys.
 
     Of the same rng a smaller sample is the beginning of a larger one. Errors: UserError for fewer than two, or more
     than there are.
@@ -136,7 +138,7 @@ def sample_distinct(table: Table, count: int | None, rng: np.random.Generator) -
             break
         rows.setdefault(table.space.key(table.arch(int(row))), int(row))
     if count is not None and len(rows) < count:
-        raise UserError(count, f"a sample of at most {len(rows):,}, the architectures of {table.id}")
+        raise UserError(count, f"a sample of at most {len(rows):,}, the different architectures of {table.id}")
     return np.array(list(rows.values()))
 
 
@@ -147,10 +149,10 @@ def reference_values(table: Table, rows: np.ndarray, metric: str | None = None) 
     read through their one door: to judge a trained supernet is no search. Errors: UserError for an unknown metric, for
     one that is no accuracy, and where an architecture has none.
     """
-    has_test = any(m.startswith("test_") for m in table.metrics)
-    name = metric or default_metric(table, "test" if has_test else "val")
-    if not (name.startswith(("val_", "test_")) and parse_objectives(name)[0].maximize):
-        raise UserError(name, "an accuracy of validation or test images", default_metric(table, "val"))
+    known = [m for m in table.metrics if m.startswith(("test_", "val_")) and m.endswith(MAXIMIZED_ENDINGS)]
+    name = metric or default_metric(table, "test" if any(m.startswith("test_") for m in table.metrics) else "val")
+    if parse_column(name).metric not in known:
+        raise UserError(name, f"an accuracy in {table.id} ({one_of(known)})", nearest(name, known))
     if name.startswith("test_"):
         values = table.test_values(None, name, purpose="ranking of a supernet")[rows]
     else:
