@@ -110,11 +110,15 @@ class Supernet(nn.Module):
     def draw(self) -> Draw:
         """The weights of one forward pass; to be given to several where they must see the same ones."""
         weights = {label: self._weights(label, a) for label, a in self.alphas.items() if label not in self.fixed}
-        scales: dict[str, torch.Tensor] = {}
+        return Draw(weights, self.scales())
+
+    def scales(self) -> dict[str, torch.Tensor]:
+        """The factor of each edge by its label, where edges are normalised and not all into their node are fixed."""
+        found: dict[str, torch.Tensor] = {}
         for node, beta in self.betas.items():
             if not self.fixed.issuperset(self.nodes[node]):
-                scales.update(zip(self.nodes[node], beta.softmax(0)))
-        return Draw(weights, scales)
+                found.update(zip(self.nodes[node], beta.softmax(0)))
+        return found
 
     def _weights(self, label: str, alpha: torch.Tensor) -> Weights:
         kept = self.kept.get(label)
@@ -124,14 +128,15 @@ class Supernet(nn.Module):
             inner = self.relaxation.draw(alpha[list(kept)], self.generator, self.progress)
             places = torch.tensor(kept, device=alpha.device)
             values = torch.zeros_like(alpha, requires_grad=False).scatter(0, places, inner.values)
-            found = Weights(values, kept if inner.active is None else tuple(kept[k] for k in inner.active))
+            active = kept if inner.active is None else tuple(kept[k] for k in inner.active)
+            found = Weights(values, active, inner.gated)
         silent = self._silent.get(label)
         if silent is None:
             return found
         running = range(len(alpha)) if found.active is None else found.active
         values = found.values * torch.tensor([k not in silent for k in range(len(alpha))]).to(found.values)
         # Something has to run, at weight zero, so that the output has its shape.
-        return Weights(values, tuple(k for k in running if k not in silent) or tuple(running[:1]))
+        return Weights(values, tuple(k for k in running if k not in silent) or tuple(running[:1]), found.gated)
 
     @contextlib.contextmanager
     def drawn(self, draw: Draw | None = None) -> Iterator[nn.Module]:

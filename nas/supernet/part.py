@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from nas.supernet.network import Draw
     from nas.supernet.recipe import Recipe
     from nas.supernet.state import SearchState
     from nas.training.batches import Batch
@@ -32,8 +33,8 @@ class Part:
     def prepare(self, state: SearchState, recipe: Recipe, folder: Path) -> None:
         """A run begins or goes on in `folder`; nothing is loaded yet. What other seeds may share is kept there."""
 
-    def after_outputs(self, state: SearchState, recipe: Recipe, outputs: Tensor, batch: Batch) -> None:
-        """In a step of the weights, after each forward pass; outputs: [B, classes], detached."""
+    def after_outputs(self, state: SearchState, recipe: Recipe, draw: Draw, outputs: Tensor, batch: Batch) -> None:
+        """In a step of the weights, after each forward pass with `draw`; outputs: [B, classes], detached."""
 
     def before_weights(self, state: SearchState, recipe: Recipe, batch: Batch) -> None:
         """The gradients of the weights are there (clipped), their step is not taken yet."""

@@ -18,10 +18,14 @@ from search_spaces.common.errors import UserError
 
 @dataclass(frozen=True)
 class Weights:
-    """values: [K], a weight per candidate, with gradient. active: the candidates that must run, None = all."""
+    """values: [K], a weight per candidate, with gradient. active: the candidates that must run, None = all.
+
+    gated: where values have a gradient, candidates that are not active run too, for that gradient alone.
+    """
 
     values: torch.Tensor
     active: tuple[int, ...] | None = None
+    gated: bool = False
 
 
 class Relaxation(Protocol):
@@ -105,6 +109,34 @@ class UniformPath:
     def draw(self, alpha: torch.Tensor, generator: torch.Generator, progress: float) -> Weights:
         chosen = int(torch.randint(len(alpha), (), generator=generator))
         return Weights(_one_hot(alpha, chosen), (chosen,))
+
+
+@dataclass(frozen=True)
+class SampledPath:
+    """One candidate, sampled with probability softmax(alpha); no gradient. Lu et al., PA&DA, CVPR 2023."""
+
+    def draw(self, alpha: torch.Tensor, generator: torch.Generator, progress: float) -> Weights:
+        chosen = _sample(alpha, generator)
+        return Weights(_one_hot(alpha, chosen), (chosen,))
+
+
+@dataclass(frozen=True)
+class BinaryGates:
+    """One candidate, sampled with probability p = softmax(alpha). Cai et al., ProxylessNAS, ICLR 2019, section 3.2.
+
+    The gates g are one-hot in value; their gradient goes on to alpha as if they were p:
+    dL/dalpha_i = sum_j dL/dg_j p_j (delta_ij - p_i), with dL/dg_j from the outputs of all candidates (equation 4; the
+    mode full_v2 of mit-han-lab/proxylessnas bf58b5c, search/modules/mix_op.py).
+    """
+
+    def draw(self, alpha: torch.Tensor, generator: torch.Generator, progress: float) -> Weights:
+        chosen, share = _sample(alpha, generator), alpha.softmax(0)
+        return Weights(_one_hot(alpha, chosen) + (share - share.detach()), (chosen,), gated=True)
+
+
+def _sample(alpha: torch.Tensor, generator: torch.Generator) -> int:
+    share = alpha.detach().cpu().double().softmax(0)
+    return int(torch.multinomial(share, 1, generator=generator))
 
 
 def _gumbel_softmax(alpha: torch.Tensor, generator: torch.Generator, temperature: float) -> torch.Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nas.supernet.alpha_steps import clipped_norm, descend_alphas
-from nas.supernet.losses import cross_entropy, regularization
+from nas.supernet.losses import alphas_loss, cross_entropy
 from nas.supernet.network import Draw
+from nas.supernet.paths import fair_draws
 from nas.supernet.perturbation import adversarial_perturbation, radius_at, random_perturbation
 from nas.supernet.recipe import Recipe
 from nas.supernet.relaxation import Weights
@@ -22,19 +23,23 @@ from nas.training.batches import Batch
 def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, totals: Totals, *, both: bool) -> None:
     """One step of the weights; `both`: of the alphas too, by the same loss."""
     supernet = state.supernet
-    draw = supernet.draw()
-    if not both:
-        draw = _detached(draw, leaves=recipe.perturbation is not None)
-    with _perturbed(state, recipe, batch, epoch, draw):
-        outputs = supernet(batch.images, draw=draw)
-        loss = cross_entropy(outputs, batch, recipe)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            state.fail(f"the training loss became {value}")
-            return
-        term = regularization(supernet, recipe, epoch) if both else None
-        state.optimizer.zero_grad(set_to_none=True)
-        (loss if term is None else loss + term).backward()
+    draws = fair_draws(supernet) if recipe.strict_fairness else [supernet.draw()]
+    passes: list[tuple[float, Tensor]] = []
+    state.optimizer.zero_grad(set_to_none=True)
+    for draw in draws:
+        if not both:
+            draw = _detached(draw, leaves=recipe.perturbation is not None)
+        with _perturbed(state, recipe, batch, epoch, draw):
+            outputs = supernet(batch.images, draw=draw)
+            loss = cross_entropy(outputs, batch, recipe)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                state.fail(f"the training loss became {value}")
+                return
+            (alphas_loss(loss, state, recipe, epoch) if both else loss).backward()
+        passes.append((value, outputs.detach()))
+        for part in state.parts.values():
+            part.after_outputs(state, recipe, draw, outputs.detach(), batch)
     limit = math.inf if recipe.training.clip_norm is None else recipe.training.clip_norm
     norm = clipped_norm(supernet.weight_parameters(), limit)
     if not math.isfinite(norm):
@@ -45,8 +50,9 @@ def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, to
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if both:
-        descend_alphas(state, recipe, value)
-    totals.add(value, outputs.detach(), batch.labels)
+        descend_alphas(state, recipe, passes[-1][0])
+    for value, outputs in passes:
+        totals.add(value, outputs, batch.labels)
 
 
 @contextlib.contextmanager

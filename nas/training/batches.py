@@ -67,14 +67,26 @@ class Batches:
         if self.last_size < world:
             expected = f"an image for each of {world} processes; drop_last leaves the last batch out"
             raise UserError(f"a last batch of {self.last_size}", expected)
+        self.probabilities: np.ndarray | None = None
         self._known, self._order = (-1, -1), np.zeros(0, np.int64)
+
+    def draw_by(self, probabilities: np.ndarray | None) -> None:
+        """From now on an epoch's images are as many draws with these probabilities [N]; None: each image once.
+
+        An image that is drawn twice in an epoch is augmented alike.
+        """
+        self.probabilities, self._known = probabilities, (-1, -1)
 
     def rows(self, step: int) -> np.ndarray:
         """The indices of the images of step `step`, from 0, over all processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if (self.seed, epoch) != self._known:
             self._known = (self.seed, epoch)
-            self._order = np.random.default_rng(self._known).permutation(len(self.images))
+            rng, count = np.random.default_rng(self._known), len(self.images)
+            if self.probabilities is None:
+                self._order = rng.permutation(count)
+            else:
+                self._order = rng.choice(count, count, p=self.probabilities)
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def batch(self, step: int) -> Batch:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from nas.supernet.recipe import Recipe
+from nas.supernet.settings import Relaxed
 from nas.training.recipe import Recipe as Training
 
 DARTS_TRAINING = Training(
@@ -119,6 +120,13 @@ LISTED: tuple[Recipe, ...] = (
         temperature=(1.0, 0.03),
         solver="single-level",
     ),
+    replace(
+        DARTS_V1,
+        name="rarts",
+        source="Xue, Qi and Xin, RARTS, IEEE Access 2022 (arXiv 2008.03901); no code was read",
+        solver="relaxed",
+        relaxed=Relaxed(),
+    ),
 )
 
 _SEARCH, _ARCHITECT = "quark0/darts, cnn/train_search.py", "quark0/darts, cnn/architect.py"
@@ -169,5 +177,9 @@ SOURCES: dict[str, Mapping[str, str]] = {
     "r-darts-es": {"early_stop": "automl/RobustDARTS 3dec3fe, src/search/args.py; searched in spaces S1 to S4 there"},
     "snas": {
         "relaxation, temperature, solver": "the paper; recollection",
+    },
+    "rarts": {
+        "solver": "the paper: both halves of the images move the alphas; its form is recollection",
+        "relaxed_train_weight, relaxed_coupling": "no value was found; at 1 steps are as long as DARTS's",
     },
 }
