@@ -32,7 +32,7 @@ def contributions(games: Iterable[Game], orders: Iterable[Sequence[int]], *, tru
 
     The mean over random orders is an unbiased estimate of the players' Shapley values, over all orders it is exact.
     games: the value of a coalition, a boolean array [players]; one game for each order (the same, or the same on other
-    data). orders: permutations of the players. truncation: once the value is below this share of the whole
+    data). orders: permutations of the players. truncation, if not 0: once the value is below this share of the whole
     coalition's, those still there count as taking nothing. Castro et al. 2009 (Computers & Operations Research 36);
     truncation: Ghorbani and Zou 2019 (arXiv 1904.02868).
     """
@@ -45,7 +45,7 @@ def contributions(games: Iterable[Game], orders: Iterable[Sequence[int]], *, tru
             value = game(coalition)
             row[player] = before - value
             before = value
-            if value < truncation * whole:
+            if truncation and value < truncation * whole:
                 break
         rows.append(row)
     return np.array(rows)
