@@ -13,8 +13,9 @@ from search_spaces.common.names import match
 @dataclass(frozen=True)
 class Scale:
     """A smaller search. changes: of the recipe; batch_size: at most that, the rate in proportion (Goyal et al. 2017,
-    arXiv 1706.02677). epochs: alphas' warm-up keeps its share. size: images are averaged down to it (not digits).
-    images: at most so many, for weights and alphas together, half for each.
+    arXiv 1706.02677). epochs: alphas' warm-up keeps its share, and after it they move in every step, as there are few.
+    size: images are averaged down to it (not digits). images: at most so many, for weights and alphas together, half
+    for each.
     """
 
     name: str
@@ -28,7 +29,7 @@ class Scale:
     shapley: Mapping[str, Any] | None = None
 
 
-_HALVES = {"weight_images": 0.5, "alpha_images": 0.5, "stem": "cifar", "warmup_epochs": 0.0}
+_HALVES = {"weight_images": 0.5, "alpha_images": 0.5, "stem": "cifar", "warmup_epochs": 0.0, "alpha_every": 1}
 SCALES: dict[str, Scale] = {
     "full": Scale("full", "the recipe as its authors ran it"),
     "small": Scale(
