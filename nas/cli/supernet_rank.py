@@ -23,9 +23,7 @@ SUFFIXES = (".csv", ".parquet")
 def rank(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a search by `nas supernet search`.")],
     benchmark: Annotated[str, typer.Option("--benchmark", help="<space>/<data set>, see `nas bench list`.")],
-    sample: Annotated[
-        int | None, typer.Option(help="Architectures drawn, different by their key (default: all of the benchmark).")
-    ] = None,
+    sample: Annotated[int | None, typer.Option(help="Architectures drawn, of different keys (default: all).")] = None,
     metric: Annotated[
         str | None,
         typer.Option(help="Of the benchmark: val_acc or test_acc (default: test where it has test values)."),

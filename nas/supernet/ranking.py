@@ -80,14 +80,14 @@ def rank(
     resamples: int = 200,
     progress: Progress | None = None,
 ) -> Ranking:
-    """Score `sample` architectures of a table (None: one of every key) in the supernets of a run, by default of all its seeds.
+    """Score `sample` architectures of a table (None: one of every key) in a run's supernets, those of all its seeds.
 
-    An architecture's score is its accuracy with the weights it shares, on the images of the alphas (at most `images`),
-    BatchNorm's statistics taken on those of the weights (`path_accuracy`). Regrets are against the best of the sample,
-    and intervals of a mean are over architectures, not over seeds. metric: see `reference_values`. rng: draws
-    the architectures, then the `resamples` bootstrap samples of them behind the 95 % intervals. Scores are kept in the
-    run's folder, so that the same call goes on where it was interrupted, and a larger sample of the same rng begins
-    with a smaller one. progress: (scored, all).
+    seeds: of the search, to take only these. An architecture's score is its accuracy with the weights it shares, on
+    the images of the alphas (at most `images`), BatchNorm's statistics taken on those of the weights (`path_accuracy`).
+    Regrets are against the best of the sample, and intervals of a mean are over architectures, not over seeds. metric:
+    see `reference_values`. rng: draws the architectures, then the `resamples` bootstrap samples of them behind the 95 %
+    intervals. Scores are kept in the run's folder, so that the same call goes on where it was interrupted, and a larger
+    sample of the same rng begins with a smaller one. progress: (scored, all).
     Errors: UserError for another kind of run, a table of another space, a sample larger than the table, seeds that
     were not searched with, no checkpoint, a metric that not every architecture has.
     """

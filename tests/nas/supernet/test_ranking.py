@@ -25,7 +25,7 @@ from search_spaces.registry import load_space
 
 SPACE = load_space("nas-bench-201")
 IMAGES = 460  # 230 for each half: two batches to recalibrate with, the second one smaller
-COUNT = 40
+COUNT = 24
 
 
 def tiny(name: str = "spos", **changes):
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Forty architectures with numbers made up."""
+    """Architectures with numbers made up."""
     rng = np.random.default_rng(3)
     drawn = {SPACE.key(arch): arch for arch in (SPACE.sample(rng) for _ in range(2 * COUNT))}
     archs = list(drawn.values())[:COUNT]
@@ -79,7 +79,7 @@ def counted(monkeypatch):
 
 
 def ranked(run, table, **settings):
-    return rank(run, table, np.random.default_rng(0), resamples=20, **settings)
+    return rank(run, table, np.random.default_rng(0), resamples=10, **settings)
 
 
 def built_by_hand(supernet, arch) -> nn.Module:
@@ -170,7 +170,7 @@ def test_statistics_are_those_of_scipy(run, table):
     again = ranked(run, table)
     assert again.archs == found.archs
     assert again.mean.interval == found.mean.interval
-    other = rank(run, table, np.random.default_rng(1), resamples=20)
+    other = rank(run, table, np.random.default_rng(1), resamples=10)
     assert other.mean.interval != found.mean.interval
 
 
@@ -192,7 +192,7 @@ def test_the_reference_is_stated_and_test_values_come_through_their_door(table):
 
 def test_a_sample_is_distinct_by_key_and_the_beginning_of_a_larger_one(table, monkeypatch):
     rows = sample_distinct(table, 10, np.random.default_rng(0))
-    assert list(sample_distinct(table, 25, np.random.default_rng(0))[:10]) == list(rows)
+    assert list(sample_distinct(table, 20, np.random.default_rng(0))[:10]) == list(rows)
     assert len(set(sample_distinct(table, None, np.random.default_rng(0)))) == COUNT
     monkeypatch.setattr(type(table.space), "key", lambda self, arch: str(arch[0]))
     same = sample_distinct(table, None, np.random.default_rng(0))
@@ -273,7 +273,19 @@ def test_what_cannot_be_ranked_is_named(run, table, tmp_path):
 
 
 def test_the_command_ranks_and_writes_the_scores(nas, run, table, tmp_path):
-    words = ("supernet", "rank", run.path, "--benchmark", "ranked/made-up", "--sample", 5, "--metric", "val_acc")
+    words = (
+        "supernet",
+        "rank",
+        run.path,
+        "--benchmark",
+        "ranked/made-up",
+        "--sample",
+        5,
+        "--metric",
+        "val_acc",
+        "--resamples",
+        20,
+    )
     status, out, err = nas(*words, "--json", "--out", "scores.parquet", "--device", "cpu")
     assert status == 0, err
     found = json.loads(out)
