@@ -26,32 +26,36 @@ def alpha_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int) -> 
 
     def val_loss() -> Tensor:
         loss = cross_entropy(supernet(held_out.images), held_out, recipe)
-        seen.append(loss.detach())
-        return alphas_loss(loss, state, recipe, epoch)
+        share = state.share(held_out, state.alpha_batches)
+        seen.append(share * loss.detach())
+        return alphas_loss(share * loss, state, recipe, epoch)
 
     if recipe.solver == "second-order":
         rewound = _rewinding(supernet, state.random)
 
         def train_loss() -> Tensor:
             rewound()
-            return cross_entropy(supernet(batch.images), batch, recipe)
+            return state.share(batch) * cross_entropy(supernet(batch.images), batch, recipe)
 
         def val_after() -> Tensor:
             rewound()
             return val_loss()
 
         buffers = list(supernet.network.buffers())
-        _, slopes = second_order(train_loss, val_after, alphas, state.optimizer, buffers=buffers)  # type: ignore[arg-type]
+        average = state.processes.average
+        _, slopes = second_order(train_loss, val_after, alphas, state.optimizer, buffers=buffers, average=average)  # type: ignore[arg-type]
     else:
         weights = _watched_weights(state)
         _, slopes = first_order(val_loss, [*alphas, *weights])
+        state.processes.average(slopes)
         set_gradients(weights, slopes[len(alphas) :])
         slopes = slopes[: len(alphas)]
     set_gradients(alphas, slopes)
     for part in state.parts.values():
         part.before_alphas(state, recipe, held_out)
-    descend_alphas(state, recipe, float(seen[-1]))
-    return float(seen[-1])
+    loss = state.mean(seen[-1])
+    descend_alphas(state, recipe, loss)
+    return loss
 
 
 def _watched_weights(state: SearchState) -> list[nn.Parameter]:

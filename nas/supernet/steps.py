@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
+
+import torch
 
 from nas.supernet.alpha_steps import alpha_step
 from nas.supernet.recipe import Recipe
@@ -12,6 +15,7 @@ from nas.supernet.state import SearchState
 from nas.supernet.weight_steps import Totals, weight_step
 from nas.training.batches import Batch
 from nas.training.loop import random_states, training_errors
+from search_spaces.common.errors import RunError
 
 Progress = Callable[[int], None]
 
@@ -49,11 +53,26 @@ def run_epoch(
             if progress is not None:
                 progress(state.step)
     if not state.failed and state.epoch > epoch:
+        _agree(state)
         for part in state.parts.values():
             part.end_epoch(state, recipe)
     state.seconds += time.perf_counter() - begin
-    means = totals.means()
+    means = totals.over(state.processes).means()
     return means | ({"alpha_loss": sum(alpha_losses) / len(alpha_losses)} if alpha_losses else {})
+
+
+def _agree(state: SearchState) -> None:
+    """Running statistics become those of the leading process; all else must be the same in all processes already.
+
+    Errors: RunError where it is not.
+    """
+    if state.processes.world == 1:
+        return
+    state.processes.copy_first(state.supernet.network.buffers())
+    parameters = torch.cat([p.detach().flatten().double() for p in state.supernet.parameters()])
+    found = state.processes.gather(hashlib.sha256(parameters.cpu().numpy().tobytes()).hexdigest())
+    if len(set(found)) > 1:
+        raise RunError(f"the processes' alphas and weights differ after epoch {state.epoch}; the search cannot go on")
 
 
 def _iteration(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nas.supernet.alpha_steps import clipped_norm, descend_alphas
@@ -18,6 +19,7 @@ from nas.supernet.recipe import Recipe
 from nas.supernet.relaxation import Weights
 from nas.supernet.state import SearchState
 from nas.training.batches import Batch
+from nas.training.distributed import Processes
 
 
 def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, totals: Totals, *, both: bool) -> None:
@@ -31,8 +33,8 @@ def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, to
             draw = _detached(draw, leaves=recipe.perturbation is not None)
         with _perturbed(state, recipe, batch, epoch, draw):
             outputs = supernet(batch.images, draw=draw)
-            loss = cross_entropy(outputs, batch, recipe)
-            value = float(loss.detach())
+            loss = state.share(batch) * cross_entropy(outputs, batch, recipe)
+            value = state.mean(loss.detach())
             if not math.isfinite(value):
                 state.fail(f"the training loss became {value}")
                 return
@@ -41,6 +43,8 @@ def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, to
         for part in state.parts.values():
             part.after_outputs(state, recipe, draw, outputs.detach(), batch)
     limit = math.inf if recipe.training.clip_norm is None else recipe.training.clip_norm
+    moved = [*supernet.weight_parameters(), *(supernet.architecture_parameters() if both else ())]
+    state.processes.average([p.grad for p in moved if p.grad is not None])
     norm = clipped_norm(supernet.weight_parameters(), limit)
     if not math.isfinite(norm):
         state.fail(f"the norm of the weights' gradient became {norm}")
@@ -100,6 +104,11 @@ class Totals:
         self.loss += loss * len(labels)
         self.hits += int((outputs.argmax(1) == labels).sum())
         self.count += len(labels)
+
+    def over(self, processes: Processes) -> Totals:
+        """The sums over the images of all processes; their losses are means over all of them already."""
+        hits, count = processes.total(torch.tensor([self.hits, self.count], dtype=torch.float64)).tolist()
+        return Totals(self.loss * (count / max(self.count, 1)), int(hits), int(count))
 
     def means(self) -> dict[str, float]:
         if not self.count:

@@ -9,6 +9,7 @@ from nas.supernet.building import make_supernet, search_data
 from nas.supernet.preflight import SavedBytes, forecast
 from nas.supernet.recipes import recipe, scaled
 from nas.supernet.state import start, state_dict
+from nas.supernet.steps import run_epoch
 from nas.training.data import load_data
 from search_spaces.registry import load_space
 
@@ -60,3 +61,12 @@ def test_saved_bytes_are_counted_once_and_given_back():
         del y
     assert counter.now == 0
     assert counter.peak == 800
+
+
+def test_checkpointed_mixtures_need_less_memory_for_the_same_search():
+    (plain_recipe, plain), (found, lean) = search("darts-v1"), search("darts-v1", checkpointed=True)
+    assert forecast(lean, found).memory_bytes < 0.7 * forecast(plain, plain_recipe).memory_bytes
+    for state, own in ((plain, plain_recipe), (lean, found)):
+        run_epoch(state, own, stop=2)
+    for one, other in zip(plain.supernet.parameters(), lean.supernet.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
