@@ -64,10 +64,12 @@ class Build:
 
 def named_architecture(space: str, text: str, build: Build) -> Subject:
     """The architecture `text` of the space; ` # norm=<name> act=<name>` behind it names layers. Errors: UserError."""
+    from search_spaces.layered import LayeredSpace
     from search_spaces.registry import load_space
 
-    text, build = _split_layers(text, build)
     found = load_space(space)
+    if not isinstance(found, LayeredSpace):  # which reads the layers itself
+        text, build = _split_layers(text, build)
     words = ["nas", "train", "--space", space, "--arch", text]
     return _untrained(found, space, text, build, train=words, data=None)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nas.export.source import network_source
+from nas.export.subject import Build, named_architecture
 from nas.supernet.building import make_supernet, network_scale
 from nas.supernet.candidates import check_candidates
 from nas.supernet.discretization import discretize
@@ -279,3 +280,12 @@ def test_a_space_without_a_path_is_searched_from_python():
     net = make_supernet(space, task("darts").recipe, load_data("digits"), seed=0)
     assert net(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert network_scale(space, task("darts").recipe) == {}
+
+
+def test_an_architecture_with_layers_is_built_in_its_space_with_layers():
+    text = "|none~0|+|none~0|none~1|+|nor_conv_1x1~0|none~1|none~2| # norm=group-norm act=gelu"
+    build = Build(scale={"channels": 4, "cells_per_stage": 1})
+    for space in ("nas-bench-201", "nas-bench-201+norm=batch-norm,group-norm+act=relu,gelu"):
+        model = named_architecture(space, text, build).model
+        assert any(isinstance(part, nn.GroupNorm) for part in model.modules())
+        assert any(isinstance(part, nn.GELU) for part in model.modules())
