@@ -65,6 +65,21 @@ def skip_share(supernet: Supernet, selection: Mapping[str, int]) -> float:
     """Of the places where `selection` has an operation other than `none`, the share that only passes its input on."""
     edges = edges_into_nodes(selection)
     labels = [label for entering in edges.values() for label in entering] or list(selection)
-    chosen = [supernet._mixed[label][0].candidates[selection[label]] for label in labels]
-    kept = [module for module in chosen if not isinstance(module, Zero)]
-    return sum(isinstance(m, nn.Identity | FactorizedReduce) for m in kept) / max(len(kept), 1)
+    empty, passing = empty_candidates(supernet), passing_candidates(supernet)
+    kept = [label for label in labels if selection[label] not in empty[label]]
+    return sum(selection[label] in passing[label] for label in kept) / max(len(kept), 1)
+
+
+def passing_candidates(supernet: Supernet) -> dict[str, tuple[int, ...]]:
+    """{label: its candidates that only pass their input on: skip connections, strided ones too}."""
+    return _of_kind(supernet, (nn.Identity, FactorizedReduce))
+
+
+def empty_candidates(supernet: Supernet) -> dict[str, tuple[int, ...]]:
+    """{label: its candidates that are `none`}."""
+    return _of_kind(supernet, (Zero,))
+
+
+def _of_kind(supernet: Supernet, kinds: tuple[type[nn.Module], ...]) -> dict[str, tuple[int, ...]]:
+    found = {label: supernet._mixed[label][0].candidates for label in supernet.labels}
+    return {label: tuple(k for k, c in enumerate(modules) if isinstance(c, kinds)) for label, modules in found.items()}
