@@ -67,17 +67,23 @@ def table_of(found: Mapping[str, Any]) -> LatencyTable:
     """The table that `LatencyTable.as_json` wrote. Errors: UserError for a newer format or something else."""
     if not isinstance(found, Mapping) or found.get("format") != FORMAT:
         raise UserError(str(found)[:60], f"a table of latencies in format {FORMAT}")
-    if not isinstance(found.get("labels"), Mapping) or "rest_ms" not in found:
-        raise UserError(sorted(found), "a table of latencies with labels and rest_ms")
-    return LatencyTable(found["labels"], found["rest_ms"], found.get("device", ""), found.get("input", ()))
+    labels = found.get("labels")
+    if (
+        not isinstance(labels, Mapping)
+        or not all(isinstance(v, list) for v in labels.values())
+        or "rest_ms" not in found
+    ):
+        raise UserError(sorted(found), "a table of latencies with labels, a list for each, and rest_ms")
+    return LatencyTable(labels, found["rest_ms"], found.get("device", ""), found.get("input", ()))
 
 
 def read_table(path: str | Path) -> LatencyTable:
     """The table in a JSON file. Errors: UserError for a file that is not there or none."""
     try:
-        return table_of(json.loads(Path(path).read_text()))
+        found = json.loads(Path(path).read_text())
     except (OSError, ValueError):
         raise UserError(str(path), "a JSON file with a table of latencies") from None
+    return table_of(found)
 
 
 def measure(supernet: Supernet, shape: Sequence[int], *, repeats: int = 20) -> LatencyTable:
