@@ -153,9 +153,7 @@ def _tuple(space: TupleSpace, strengths: Parameters) -> tuple[int, ...]:
     return tuple(arch)
 
 
-def _strengths(
-    alphas: Parameters, label: str, strength: Strength, kept: tuple[int, ...] | None = None
-) -> torch.Tensor:
+def _strengths(alphas: Parameters, label: str, strength: Strength, kept: tuple[int, ...] | None = None) -> torch.Tensor:
     """In double precision, so that equal strengths are equal alphas; OUT for candidates that are not kept."""
     alpha = _parameter(alphas, label).double()
     if kept is None:

@@ -11,6 +11,7 @@ from nas.supernet.part import Part
 from nas.supernet.recipe import Recipe
 from nas.supernet.relaxed import Twin
 from nas.supernet.shapley import ShapleyAlphas
+from nas.supernet.skip_dropout import SkipDropout
 
 
 def parts_of(recipe: Recipe, supernet: Supernet) -> dict[str, Part]:
@@ -28,4 +29,6 @@ def parts_of(recipe: Recipe, supernet: Supernet) -> dict[str, Part]:
         found["importance"] = ImportanceSampling(supernet, recipe.importance)
     if recipe.solver == "relaxed":
         found["twin"] = Twin(supernet, recipe)
+    if recipe.skip_dropout:
+        found["skip-dropout"] = SkipDropout(supernet)
     return found

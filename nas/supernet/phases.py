@@ -96,7 +96,7 @@ def survivors(supernet: Supernet, count: int, of: int) -> dict[str, tuple[int, .
     found = {}
     for label, alpha in supernet.alphas.items():
         wanted = -(-len(alpha) * count // of)
-        ranked = sorted(supernet.candidates_of(label), key=lambda k: -float(alpha[k]))
+        ranked = sorted(supernet.candidates_of(label), key=lambda k: -float(alpha.detach()[k]))
         found[label] = tuple(sorted(ranked[:wanted]))
     return found
 

@@ -146,9 +146,7 @@ class Session:
         """The state at the start of a part; see `begin`."""
         recipe = plan.phases[index].recipe
         with training_errors(recipe.training.batch_size):
-            state = begin(
-                plan.phases, index, self.space, self.data_there, seed=seed, device=self.device, before=before
-            )
+            state = begin(plan.phases, index, self.space, self.data_there, seed=seed, device=self.device, before=before)
             draws = state.supernet.generator.get_state()
             check_model(state.supernet, self.data_there)
             state.supernet.generator.set_state(draws)

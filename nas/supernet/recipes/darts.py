@@ -102,6 +102,7 @@ LISTED: tuple[Recipe, ...] = (
         training=replace(DARTS_TRAINING, batch_size=128, learning_rate=0.005),
         relaxation="sigmoid",
         discretization="sigmoid",
+        gate_threshold=0.85,
         alpha_rate=3e-3,
         regularizer="zero-one",
         regularizer_weight=10.0,
@@ -172,7 +173,8 @@ SOURCES: dict[str, Mapping[str, str]] = {
     "fairdarts": {
         "batch_size, learning_rate, alpha_rate": "xiaomi-automl/FairDARTS 270cfc9, without its decay .9 of alpha_rate",
         "regularizer, regularizer_weight, relaxation": "xiaomi-automl/FairDARTS, fairdarts/separate_loss.py",
-        "discretization": "the strongest two edges; the authors keep at most two whose gate is above .85",
+        "discretization, gate_threshold": "xiaomi-automl/FairDARTS: gates above .85, at most two edges into a node; "
+        "darts has two in any case, elsewhere a node keeps its strongest edge where no gate is above",
     },
     "r-darts-es": {"early_stop": "automl/RobustDARTS 3dec3fe, src/search/args.py; searched in spaces S1 to S4 there"},
     "snas": {

@@ -13,9 +13,9 @@ from search_spaces.common.names import match
 @dataclass(frozen=True)
 class Scale:
     """A smaller search. changes: of the recipe; batch_size: at most that, the rate in proportion (Goyal et al. 2017,
-    arXiv 1706.02677). epochs: alphas' warm-up keeps its share, and after it they move in every step, as there are few.
-    size: images are averaged down to it (not digits). images: at most so many, for weights and alphas together, half
-    for each.
+    arXiv 1706.02677). epochs: of all stages together; alphas' warm-up and the epochs between decisions keep their
+    shares, and alphas move in every step after it, as there are few. size: images are averaged down to it (not digits).
+    images: at most so many, for weights and alphas together, half for each.
     """
 
     name: str
@@ -72,7 +72,12 @@ def scaled(found: Recipe, scale: str, *, flip: bool = True) -> Recipe:
         changes["flip"] = False
     if wanted.epochs is not None:
         share = found.alpha_warmup_epochs / found.epochs
-        changes |= {"epochs": wanted.epochs, "alpha_warmup_epochs": round(share * wanted.epochs)}
+        stages = 1 if found.stages is None else len(found.stages.candidates)
+        epochs = max(1, round(wanted.epochs / stages))
+        changes |= {"epochs": epochs, "alpha_warmup_epochs": round(share * epochs)}
+        if found.projection is not None:
+            tuning = found.projection.epochs * wanted.epochs / found.epochs
+            changes["projection_epochs"] = max(1, round(tuning))
     if wanted.batch_size is not None and training.batch_size > wanted.batch_size:
         factor = wanted.batch_size / training.batch_size
         changes |= {
@@ -84,4 +89,24 @@ def scaled(found: Recipe, scale: str, *, flip: bool = True) -> Recipe:
         changes |= {f"evolution_{name}": value for name, value in wanted.evolution.items()}
     if found.shapley is not None and wanted.shapley is not None:
         changes |= {f"shapley_{name}": value for name, value in wanted.shapley.items()}
+    if wanted.changes is not None:
+        changes |= _narrowed(found, changes)
     return found.replaced(changes)
+
+
+def _narrowed(found: Recipe, scale: Mapping[str, Any]) -> dict[str, Any]:
+    """Stages no deeper than the scale; partial channels with the largest k up to the recipe's that divides them."""
+
+    def dividing(k: int) -> int:
+        return next(smaller for smaller in range(k, 0, -1) if scale["channels"] % smaller == 0)
+
+    changes: dict[str, Any] = {"partial": dividing(found.partial)}
+    stages = found.stages
+    if stages is None:
+        return changes
+    for name in ("layers", "cells_per_stage"):
+        if getattr(stages, name) is not None:
+            changes[f"stages_{name}"] = tuple(min(value, scale[name]) for value in getattr(stages, name))
+    if stages.partial is not None:
+        changes["stages_partial"] = tuple(dividing(k) for k in stages.partial)
+    return changes
