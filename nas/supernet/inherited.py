@@ -102,12 +102,11 @@ def _check(supernet: Supernet) -> None:
             continue
         if part.partial > 1:
             expected = "a supernet whose edges see all channels: weights for a part of them fit no built network"
-            raise UserError(f"partial={part.partial}", f"{expected} (search with --set partial=1)", "--set partial=1")
+            raise UserError(f"partial={part.partial}", f"{expected} (search with --set partial=1)")
         chosen = part.candidates[part.selected]
         if isinstance(chosen, nn.Sequential) and len(chosen) > 1 and isinstance(chosen[0], POOLS):
-            setting = "--set norm_after_pools=false"
-            expected = f"pooling as built networks have it, without a normalisation behind it (search with {setting})"
-            raise UserError(part.label, expected, setting)
+            expected = "pooling as built networks have it, without a normalisation behind it"
+            raise UserError(part.label, f"{expected} (search with --set norm_after_pools=false)")
 
 
 def _recalibrated(trained: TrainedSupernet, arch: Any) -> nn.Module:
