@@ -13,6 +13,7 @@ from nas.supernet.hessian import extreme_eigenvalues
 from nas.supernet.losses import cross_entropy
 from nas.supernet.network import Supernet
 from nas.supernet.recipe import Recipe
+from nas.supernet.relaxation import noiseless
 from nas.supernet.state import SearchState
 from nas.training.batches import evaluation_batches
 from nas.training.data import Dataset
@@ -24,12 +25,15 @@ from search_spaces.cells.operations import Zero
 def curvature(state: SearchState, recipe: Recipe) -> float:
     """The largest eigenvalue of the Hessian of the validation loss in the alphas, on the next batch of the alphas.
 
-    The search goes on as if it had not been measured: draws, buffers and generators are put back.
+    Of the mixture without the noise of sampled weights, so that recipes compare (a single sampled path has no curvature
+    of its own, a Dirichlet sample no second derivative). The search goes on as if it had not been measured.
     """
     supernet = state.supernet
     held_out = state.held_out_batch()
     random = {name: value.clone() for name, value in state.random.items()}
     before = supernet.generator.get_state()
+    relaxation = supernet.relaxation
+    supernet.relaxation = noiseless(relaxation)
     supernet.train()
     try:
         with (
@@ -45,6 +49,7 @@ def curvature(state: SearchState, recipe: Recipe) -> float:
             )
     finally:
         supernet.generator.set_state(before)
+        supernet.relaxation = relaxation
     return largest
 
 

@@ -103,6 +103,15 @@ class Dirichlet:
 
 
 @dataclass(frozen=True)
+class DirichletMean:
+    """The mean of Dirichlet's samples; nothing is random."""
+
+    def draw(self, alpha: torch.Tensor, generator: torch.Generator, progress: float) -> Weights:
+        concentration = F.elu(alpha) + 1
+        return Weights(concentration / concentration.sum())
+
+
+@dataclass(frozen=True)
 class UniformPath:
     """One candidate, all equally likely; no gradient. Guo et al., SPOS, ECCV 2020."""
 
@@ -137,6 +146,13 @@ class BinaryGates:
 def _sample(alpha: torch.Tensor, generator: torch.Generator) -> int:
     share = alpha.detach().cpu().double().softmax(0)
     return int(torch.multinomial(share, 1, generator=generator))
+
+
+def noiseless(relaxation: Relaxation) -> Relaxation:
+    """The smooth mixture from which an architecture is read off: means of Dirichlet samples, softmax for other noise."""
+    if isinstance(relaxation, Sigmoid):
+        return relaxation
+    return DirichletMean() if isinstance(relaxation, Dirichlet) else Softmax()
 
 
 def _gumbel_softmax(alpha: torch.Tensor, generator: torch.Generator, temperature: float) -> torch.Tensor:

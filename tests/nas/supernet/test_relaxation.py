@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from scipy.special import expit, log_softmax, softmax
 
-from nas.supernet.relaxation import Dirichlet, GumbelHard, GumbelSoft, Sigmoid, Softmax, UniformPath
+from nas.supernet.relaxation import Dirichlet, GumbelHard, GumbelSoft, Sigmoid, Softmax, UniformPath, noiseless
 from search_spaces.common.errors import UserError
 
 ALPHA = np.array([0.3, -0.8, 1.1, 0.2])
@@ -155,3 +155,12 @@ def test_bad_settings_are_refused():
         GumbelHard(start=float("nan"))
     with pytest.raises(UserError, match="0 to 1"):
         GumbelHard().draw(torch.zeros(2), generator(), 1.5)
+
+
+def test_the_noiseless_mixture_is_the_mean_of_samples():
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.tensor([0.5, -0.4, 1.2, 0.0])
+    for relaxation in (Dirichlet(), GumbelHard(1.0, 1.0), Softmax(), Sigmoid()):
+        samples = torch.stack([relaxation.draw(alpha, generator, 0.0).values for _ in range(4000)])
+        mean = noiseless(relaxation).draw(alpha, generator, 0.0).values
+        torch.testing.assert_close(samples.mean(0), mean, rtol=0, atol=0.03)  # three standard errors
