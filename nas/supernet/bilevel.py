@@ -89,6 +89,7 @@ def relaxed_step(
     train_weight: float,
     coupling: float,
     clip: float | None = None,
+    average: Average | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One iteration of RARTS's single-level problem; the training and validation losses that alpha's step saw.
 
@@ -98,9 +99,9 @@ def relaxed_step(
 
     descended by w, then y, then alpha, each seeing the steps before it, without second derivatives. `train_optimizer`
     holds w, which `train_loss` reads; `val_optimizer` holds y in the same order, which `val_loss` reads. clip: the
-    largest norm of the gradient of either copy, with its attraction (None = any). The minimum tends to the two-level
-    solution as both factors grow, and is off it at finite ones. Source: Xue, Qi and Xin 2022
-    (RARTS, arXiv 2008.03901); no code of the authors was found to compare with, so neither factor has a default.
+    largest norm of the gradient of either copy, with its attraction (None = any). average: as in `second_order`. The
+    minimum tends to the two-level solution as both factors grow, and is off it at finite ones. Source: Xue, Qi and Xin
+    2022 (RARTS, arXiv 2008.03901); no code of the authors was found to compare with, so neither factor has a default.
     Errors: UserError for copies of different shapes or factors that are not positive.
     """
     if train_weight <= 0 or coupling <= 0:
@@ -111,8 +112,11 @@ def relaxed_step(
             f"{len(w)} and {len(y)} weights", "two copies of the weights, alike in number, order and shapes"
         )
 
+    mean = average or (lambda gradients: None)
+
     def descend(optimizer: torch.optim.Optimizer, own: list[Tensor], loss: Tensor, other: list[Tensor]) -> None:
         slopes = gradients(loss, own)
+        mean(slopes)
         set_gradients(own, [g + coupling * (a.detach() - b.detach()) for g, a, b in zip(slopes, own, other)])
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(own, clip)
@@ -121,7 +125,9 @@ def relaxed_step(
     descend(train_optimizer, w, train_weight * train_loss(), y)
     descend(val_optimizer, y, val_loss(), w)
     train, val = train_loss(), val_loss()
-    set_gradients(alphas, gradients(train_weight * train + val, alphas))
+    slopes = gradients(train_weight * train + val, alphas)
+    mean(slopes)
+    set_gradients(alphas, slopes)
     alpha_optimizer.step()
     return train.detach(), val.detach()
 

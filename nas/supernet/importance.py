@@ -65,8 +65,10 @@ class ImportanceSampling(Part):
     def after_outputs(self, state: SearchState, recipe: Recipe, draw: Draw, outputs: Tensor, batch: Batch) -> None:
         self.draw = draw
         one_hot = nn.functional.one_hot(batch.labels, outputs.shape[1])
-        found = (outputs.float().softmax(1) - one_hot).norm(dim=1).cpu().numpy()
-        for row, score in zip(state.batches.rows(state.step), found, strict=True):
+        rows, processes = state.batches.rows(state.step), state.processes
+        found = torch.zeros(len(rows), device=outputs.device)
+        found[processes.rank :: processes.world] = (outputs.float().softmax(1) - one_hot).norm(dim=1)
+        for row, score in zip(rows, processes.total(found).tolist(), strict=True):
             self.scores[row] = (self.scores[row] + score) / 2 if self.scores[row] else score
 
     def before_weights(self, state: SearchState, recipe: Recipe, batch: Batch) -> None:

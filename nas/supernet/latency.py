@@ -157,21 +157,28 @@ class LatencyLoss(Part):
         self.reference_ms = math.nan
 
     def prepare(self, state: SearchState, recipe: Recipe, folder: Path) -> None:
-        path = folder / FILE
-        if path.exists():
-            self._use(read_table(path))
-            return
-        self.begin_epoch(state, recipe)
-        assert self.table is not None
-        with atomic_write(path) as file:
-            json.dump(self.table.as_json(), file, indent=1)
+        self._find(state, folder / FILE)
 
     def begin_epoch(self, state: SearchState, recipe: Recipe) -> None:
-        if self.table is None and self.settings.file is not None:
-            self._use(read_table(self.settings.file))
-        elif self.table is None:
+        if self.table is None:
+            self._find(state, None)
+
+    def _find(self, state: SearchState, kept: Path | None) -> None:
+        """The leading process takes the table in `kept`, in the file that is set, or a new one, which is kept."""
+        if not state.processes.leads:
+            self._use(table_of(state.processes.first(None)))
+            return
+        known = kept is not None and kept.exists()
+        if known or self.settings.file is not None:
+            self._use(read_table(kept if known else self.settings.file))  # type: ignore[arg-type]
+        else:
             shape = (self.settings.images, *state.batches.images.shape[1:])
             self._use(measure(self.supernet, shape, repeats=self.settings.repeats))
+        assert self.table is not None
+        state.processes.first(self.table.as_json())
+        if kept is not None and not known:
+            with atomic_write(kept) as file:
+                json.dump(self.table.as_json(), file, indent=1)
 
     def _use(self, table: LatencyTable) -> None:
         uniform = {label: torch.zeros(len(alpha)) for label, alpha in self.supernet.alphas.items()}

@@ -61,10 +61,11 @@ def relaxed_iteration(state: SearchState, recipe: Recipe, batch: Batch, epoch: i
     def train_loss() -> Tensor:
         outputs = supernet(batch.images)
         seen.append(outputs.detach())
-        return cross_entropy(outputs, batch, recipe)
+        return state.share(batch) * cross_entropy(outputs, batch, recipe)
 
     def val_loss() -> Tensor:
-        loss = cross_entropy(twin.supernet(held_out.images), held_out, recipe)
+        share = state.share(held_out, state.alpha_batches)
+        loss = share * cross_entropy(twin.supernet(held_out.images), held_out, recipe)
         term = regularization(supernet, recipe, epoch)
         return loss if term is None else loss + term
 
@@ -76,11 +77,14 @@ def relaxed_iteration(state: SearchState, recipe: Recipe, batch: Batch, epoch: i
         train_weight=settings.train_weight,
         coupling=settings.coupling,
         clip=recipe.training.clip_norm,
+        average=state.processes.average,
     )
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for name, value in (("training loss", float(train)), ("loss of the alphas", float(val))):
+    means = {"training loss": state.mean(train), "loss of the alphas": state.mean(val)}
+    for name, value in means.items():
         if not math.isfinite(value):
             state.fail(f"the {name} became {value}")
-    totals.add(float(cross_entropy(seen[0], batch, recipe)), seen[0], batch.labels)
-    return float(val)
+    first = state.share(batch) * cross_entropy(seen[0], batch, recipe)
+    totals.add(state.mean(first), seen[0], batch.labels)
+    return means["loss of the alphas"]
