@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import expit, softmax
 
-from nas.supernet.discretization import discretize, genotype, strongest
+from nas.supernet.discretization import Rules, discretize, genotype, strongest
 from search_spaces.cells.darts import DARTS_V1, DARTS_V2, PCDARTS, Darts
 from search_spaces.cells.darts_network import OPERATIONS
 from search_spaces.common.errors import UserError
@@ -121,3 +121,84 @@ def test_bad_parameters_are_refused(rng):
         discretize(load_space("nas-bench-101"), alphas)
     with pytest.raises(UserError, match="finite"):
         strongest({"x": torch.tensor([float("inf"), 0.0])})
+
+
+# -- rules ---------------------------------------------------------------------------------------------------------
+
+
+def capped_cell(alphas: dict, cap: int) -> tuple[list, int]:
+    """The normal cell with at most `cap` skip connections, by numpy; how many were taken off."""
+    table = {label: softmax(a.numpy())[1:] for label, a in alphas.items() if label.startswith("normal")}
+    for removed in itertools.count():
+        cell = []
+        for node in range(2, 6):
+            best = sorted(range(node), key=lambda source: -table[f"normal_{source}_{node}"].max())[:2]
+            cell += [(int(table[f"normal_{source}_{node}"].argmax()), source, node) for source in sorted(best)]
+        skips = [(table[f"normal_{s}_{n}"][op], s, n) for op, s, n in cell if OPERATIONS[op + 1] == "skip_connect"]
+        if len(skips) <= cap:
+            return [(OPERATIONS[op + 1], source) for op, source, _ in cell], removed
+        _, source, node = min(skips)
+        table[f"normal_{source}_{node}"][OPERATIONS.index("skip_connect") - 1] = 0
+
+
+@pytest.mark.parametrize("cap", [0, 2])
+def test_the_cap_takes_the_weakest_skip_connections_off_the_normal_cell(cap, rng):
+    removed = []
+    for _ in range(5):
+        alphas, _ = darts_parameters(rng, 1.0)
+        for label in alphas:
+            alphas[label][3] += 1.5
+        rules = Rules(passing=dict.fromkeys(alphas, (3,)), skip_cap=cap)
+        found, plain = discretize(Darts(), alphas, rules=rules), genotype(alphas)
+        expected, count = capped_cell(alphas, cap)
+        assert list(found.normal) == expected
+        assert found.reduce == plain.reduce
+        removed.append(count)
+    assert max(removed) > 2
+
+
+def test_the_cap_on_tuples_gives_an_edge_its_next_best():
+    space = load_space("nas-bench-201")
+    labels = list(space.select((0,) * 6))
+    rows = [[0, 5, 0, 1, 0], [0, 4, 2, 0, 0], [0, 3, 0, 0, 1], [9, 0, 0, 0, 0], [0, 0, 0, 9, 0], [0, 6, 0, 0, 5]]
+    alphas = {label: torch.tensor(row, dtype=torch.float32) for label, row in zip(labels, rows)}
+    rules = Rules(passing=dict.fromkeys(labels, (1,)), skip_cap=2)
+    assert discretize(space, alphas) == (1, 1, 1, 0, 3, 1)
+    # softmax of the skips: .97, .83, .81, -, -, .73: the last two leave
+    assert discretize(space, alphas, rules=rules) == (1, 1, 4, 0, 3, 4)
+
+
+def test_candidates_left_out_are_not_chosen(rng):
+    alphas, _ = darts_parameters(rng, 1.0)
+    edges = [label for label in alphas if label.endswith("_4")]
+    kept = dict.fromkeys(edges[:2], (2,)) | dict.fromkeys(edges[2:4], (0,))
+    kept |= dict.fromkeys(edges[4:], (5, 6))
+    found = discretize(Darts(), alphas, rules=Rules(kept=kept))
+    pairs = dict.fromkeys(found.normal[4:6])
+    assert pairs.keys() == {("avg_pool_3x3", 0), ("avg_pool_3x3", 1)}
+    assert {op for op, _ in found.reduce[4:6]} <= {"sep_conv_5x5", "dil_conv_3x3"}
+    none = {label: (0,) for label in alphas if label.endswith("_2")}
+    with pytest.raises(UserError, match="restricted to `none`"):
+        discretize(Darts(), alphas, rules=Rules(kept=none))
+    space = load_space("nas-bench-201")
+    six = {label: torch.arange(5.0) for label in space.select((0,) * 6)}
+    assert discretize(space, six, rules=Rules(kept={"edge_0_2": (0, 3, 1)})) == (4, 3, 4, 4, 4, 4)
+
+
+def test_gates_below_the_threshold_leave_edges_empty_but_nodes_keep_one(rng):
+    space = load_space("nas-bench-201")
+    labels = ["edge_0_1", "edge_0_2", "edge_1_2", "edge_0_3", "edge_1_3", "edge_2_3"]
+    gates = [
+        *([0.9, 0.2, 0.3, 0.1, 0.1],),  # the gate of `none` counts for nothing; alone into its node it stays
+        *([0.1, 0.1, 0.1, 0.86, 0.9], [0.5, 0.1, 0.84, 0.1, 0.1]),  # the second is below
+        *([0.1, 0.1, 0.1, 0.5, 0.1], [0.1, 0.1, 0.1, 0.1, 0.6], [0.99, 0.5, 0.1, 0.1, 0.1]),  # all are: the best stays
+    ]
+    alphas = {label: torch.tensor(row).logit() for label, row in zip(labels, gates)}
+    rules = Rules(empty=dict.fromkeys(labels, (0,)), threshold=0.85)
+    chosen = space.select(discretize(space, alphas, strength=torch.sigmoid, rules=rules))
+    assert [chosen[label] for label in labels] == [2, 4, 0, 0, 4, 0]
+    parameters, _ = darts_parameters(rng, 2.0)
+    rules = Rules(empty=dict.fromkeys(parameters, (0,)), threshold=0.85)
+    assert discretize(Darts(), parameters, strength=torch.sigmoid, rules=rules) == genotype(
+        parameters, strength=torch.sigmoid
+    )
