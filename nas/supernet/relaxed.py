@@ -85,6 +85,7 @@ def relaxed_iteration(state: SearchState, recipe: Recipe, batch: Batch, epoch: i
     for name, value in means.items():
         if not math.isfinite(value):
             state.fail(f"the {name} became {value}")
-    first = state.share(batch) * cross_entropy(seen[0], batch, recipe)
-    totals.add(state.mean(first), seen[0], batch.labels)
+            break
+    before = state.share(batch) * cross_entropy(seen[0], batch, recipe)
+    totals.add(state.mean(before), seen[0], batch.labels)
     return means["loss of the alphas"]

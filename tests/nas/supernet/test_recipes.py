@@ -27,6 +27,14 @@ PUBLISHED = {
         **{"evolution_population": 50, "evolution_generations": 20, "evolution_max_macs": 330_000_000},
     },
     "beta-darts": {"epochs": 100, "regularizer_weight": 50.0},
+    "proxylessnas": {
+        **{"epochs": 120, "batch_size": 256, "learning_rate": 0.025, "nesterov": True, "weight_decay": 4e-5},
+        **{"schedule": "cosine", "label_smoothing": 0.1, "clip_norm": None, "alpha_rate": 1e-3, "alpha_decay": 0.0},
+        **{"alpha_betas": (0.0, 0.999), "alpha_every": 5, "alpha_warmup_epochs": 40, "latency_form": "mul-log"},
+        **{"latency_alpha": 0.2, "latency_beta": 0.3, "latency_weight": 0.1},
+    },
+    "fairnas": {"epochs": 250, "batch_size": 256, "learning_rate": 0.05, "weight_decay": 2.5e-4, "clip_norm": 5.0},
+    "pa-da": {"epochs": 250, "batch_size": 256, "learning_rate": 0.05, "weight_decay": 2.5e-4, "clip_norm": 5.0},
     "fairdarts": {"batch_size": 128, "learning_rate": 0.005, "alpha_rate": 3e-3, "regularizer_weight": 10.0},
 }
 
@@ -95,6 +103,11 @@ def test_scales_keep_rate_per_image_and_the_share_of_warm_up(name):
         ("darts-v1", {"epochs": None}, "epochs"),
         ("darts-v1", {"alpha_rate": 0.0}, "alpha_rate"),
         ("darts-v1", {"partial": "four"}, "int"),
+        ("proxylessnas", {"alpha_every": 0}, "alpha_every"),
+        ("proxylessnas", {"solver": "weights-only"}, "latency"),
+        ("proxylessnas", {"latency_form": "mul#logs"}, "mul-log"),
+        ("proxylessnas", {"latency_reference_ms": 0.0}, "milliseconds"),
+        ("pa-da", {"strict_fairness": True}, "uniform-path"),
     ],
 )
 def test_nonsense_is_refused(name, changes, named):
