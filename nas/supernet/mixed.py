@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nas.supernet.relaxation import Weights
-from nas.supernet.weighted import times
+from nas.supernet.weighted import products
 from search_spaces.cells.operations import Zero
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
@@ -62,7 +62,7 @@ class Mixed(Choice):
         running = everything if weights.active is None else weights.active
         # `none` adds zeros and has no gradient: it runs only where nothing else does.
         adding = [k for k in running if not isinstance(self.candidates[k], Zero)] or running[:1]
-        terms = [times(self.candidates[k], values[k], *inputs) for k in adding]
+        terms = products([self.candidates[k] for k in adding], [values[k] for k in adding], *inputs)
         if weights.gated and values.requires_grad and torch.is_grad_enabled():
             others = [k for k in everything if k not in running and not isinstance(self.candidates[k], Zero)]
             with torch.no_grad():  # of a candidate that adds nothing only the output is kept, not what lies inside it
@@ -80,10 +80,11 @@ class Mixed(Choice):
         if x.shape[1] % self.partial:
             raise UserError(x.shape[1], f"channels that k = {self.partial} of partial channels divides")
         seen = x.shape[1] // self.partial
-        y, rest = function(x[:, :seen]), x[:, seen:]
+        first, rest = x.split([seen, x.shape[1] - seen], dim=1)
+        y = function(first.contiguous())  # once for all candidates
         if y.shape[2:] != rest.shape[2:]:
             rest = F.max_pool2d(rest, 2, ceil_mode=True)  # odd sizes round up, as in strided convolutions
-        return shuffle_channels(torch.cat([y, rest], dim=1), self.partial)
+        return shuffled(y, rest, self.partial)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, partial={self.partial}, checkpointed={self.checkpointed}"
@@ -92,6 +93,12 @@ class Mixed(Choice):
 def shuffle_channels(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Channel i of `groups` equal groups g goes to place i * groups + g. Zhang et al., ShuffleNet, CVPR 2018."""
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def shuffled(first: torch.Tensor, rest: torch.Tensor, groups: int) -> torch.Tensor:
+    """shuffle_channels of the two side by side, copied once. first: a group of channels; rest: all other groups."""
+    others = rest.unflatten(1, (groups - 1, first.shape[1])).transpose(1, 2)
+    return torch.cat([first.unsqueeze(2), others], dim=2).flatten(1, 2)
 
 
 class _AsNow:
