@@ -14,6 +14,7 @@ from nas.supernet.network import Supernet
 from nas.supernet.recipe import Recipe
 from nas.supernet.state import SearchState, start
 from nas.training.data import Dataset
+from nas.training.distributed import ALONE, Processes
 from search_spaces.space import SearchSpace
 
 
@@ -60,6 +61,7 @@ def begin(
     seed: int,
     device: torch.device,
     before: SearchState | None = None,
+    processes: Processes = ALONE,
 ) -> SearchState:
     """The state at the start of a part. before: the one at the end of the part before, which is used up; None for a
     state that another is loaded into, or the first. data: on the device.
@@ -81,7 +83,7 @@ def begin(
         if phase.candidates is not None:
             for label, kept in survivors(before.supernet, *phase.candidates).items():
                 supernet.restrict(label, kept)
-    state = start(supernet, data, phase.recipe, seed=seed if phase.goes_on else own)
+    state = start(supernet, data, phase.recipe, seed=seed if phase.goes_on else own, processes=processes)
     state.phase = index
     if before is not None:
         state.rows, state.seconds = before.rows, before.seconds

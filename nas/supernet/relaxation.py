@@ -149,7 +149,7 @@ def _sample(alpha: torch.Tensor, generator: torch.Generator) -> int:
 
 
 def noiseless(relaxation: Relaxation) -> Relaxation:
-    """The smooth mixture from which an architecture is read off: means of Dirichlet samples, softmax for other noise."""
+    """The smooth mixture an architecture is read off from: means of Dirichlet samples, softmax for other noise."""
     if isinstance(relaxation, Sigmoid):
         return relaxation
     return DirichletMean() if isinstance(relaxation, Dirichlet) else Softmax()

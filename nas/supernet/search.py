@@ -19,6 +19,8 @@ from nas.supernet.state import SearchState, load_state_dict
 from nas.supernet.task import SearchTask
 from nas.training.checkpoints import DamagedCheckpoint, checkpoints, read
 from nas.training.data import Dataset
+from nas.training.distributed import ALONE, Processes
+from nas.training.preflight import Forecast
 from search_spaces.common.errors import UserError
 from search_spaces.registry import load_space
 
@@ -36,27 +38,39 @@ def search_run(
     describe: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     on_epoch: Callable[[Row], None] | None = None,
+    on_forecast: Callable[[Forecast], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Run:
     """Search once with each seed in the folder `out`; goes on where a search there stopped.
 
     A seed is a trial; its `val_acc` is that of the architecture found with the weights it shares (BatchNorm
     recalibrated), `mixture_val_acc` that of the whole supernet. seeds: of weights, alphas, draws, order and
     augmentation. describe: more settings of the run. progress: (steps, all steps). on_epoch: gets the row of the log.
+    on_forecast: gets time and memory as predicted before the first step. processes: the group that torchrun began; all
+    call this, the leading one writes.
     A seed whose loss, gradients or parameters are not finite is a failed trial; its last good checkpoint stays.
     Errors: UserError for data or a space that do not fit, a folder with another search (differences are listed);
     RunError when memory or disk runs out.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise UserError(list(seeds), "seeds that differ, at least one")
+    if processes.world > 1:
+        _check_shareable(task)
     space, data, out = load_space(task.space), task.open_data(), Path(out)
-    _create(out, task, data, seeds, describe or {})
+    if processes.leads:
+        _create(out, task, data, seeds, describe or {})
+    processes.wait()
     run = Run.open(out)
-    with run.writing():
-        session = Session(run, task, space, data, seeds, torch.device(device), on_warning or (lambda text: None))
+    with contextlib.ExitStack() as stack:
+        if processes.leads:
+            stack.enter_context(run.writing())
+        tell = on_warning or (lambda text: None)
+        session = Session(run, task, space, data, seeds, torch.device(device), tell, processes)
         for index, seed in enumerate(seeds):
-            session.search(index, seed, progress, on_epoch)
-        run.update_settings(finished=True)
+            session.search(index, seed, progress, on_epoch, on_forecast)
+        if processes.leads:
+            run.update_settings(finished=True)
     return run
 
 
@@ -80,6 +94,22 @@ def open_supernet(run: Run, seed: int | None = None) -> tuple[SearchTask, Search
             load_state_dict(state, content)
             return replace(task, recipe=phases[index].recipe), state, data
     raise UserError(str(folder), "a search with a checkpoint that can be read")
+
+
+def _check_shareable(task: SearchTask) -> None:
+    """Errors: UserError for a recipe with parts that decide by what one process alone sees."""
+    recipe = task.recipe
+    alone = {
+        "solver": recipe.solver in ("relaxed", "shapley"),
+        "perturbation": recipe.perturbation == "adversarial",
+        "importance": recipe.importance is not None,
+        "latency": recipe.latency is not None,
+        "stages": recipe.stages is not None,
+        "projection": recipe.projection is not None,
+    }
+    found = [f"{name} ({recipe.name})" for name, needed in alone.items() if needed]
+    if found:
+        raise UserError(", ".join(found), "one process; begin this search without torchrun")
 
 
 # -- a run -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nas.supernet.log import Row, read_log, write_lines
 from nas.supernet.measures import curvature, mixture_accuracy, skip_share
 from nas.supernet.network import Supernet
 from nas.supernet.phases import Phase, begin, phases_of, total_epochs
+from nas.supernet.preflight import forecast
 from nas.supernet.projection import Decision, decide, decisions_of
 from nas.supernet.reading import alpha_row
 from nas.supernet.recipe import Recipe
@@ -36,7 +37,9 @@ from nas.training.checkpoints import (
     write,
 )
 from nas.training.data import Dataset
+from nas.training.distributed import ALONE, Processes
 from nas.training.loop import check_model, training_errors
+from nas.training.preflight import Forecast
 from search_spaces.choice import find_choices
 from search_spaces.common.errors import UserError
 from search_spaces.space import SearchSpace
@@ -84,7 +87,9 @@ def plan_of(task: SearchTask, space: SearchSpace, data: Dataset, seed: int) -> P
 
 @dataclass
 class Session:
-    """A run and what its seeds share. data: on the CPU. tell: for warnings."""
+    """A run and what its seeds share. data: on the CPU. tell: for warnings. Of several processes the leading one writes
+    and measures; all take its decisions.
+    """
 
     run: Run
     task: SearchTask
@@ -93,22 +98,34 @@ class Session:
     seeds: Sequence[int]
     device: torch.device
     tell: Callable[[str], None]
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         self.rows = [row for row in read_log(self.run) if row["seed"] in self.seeds]
+        self.predicted = False
         with training_errors(self.task.recipe.training.batch_size):
             self.data_there = self.data.to(self.device)
 
-    def search(self, index: int, seed: int, progress: Progress | None, on_epoch: Callable[[Row], None] | None) -> None:
+    def search(
+        self,
+        index: int,
+        seed: int,
+        progress: Progress | None = None,
+        on_epoch: Callable[[Row], None] | None = None,
+        on_forecast: Callable[[Forecast], None] | None = None,
+    ) -> None:
         """Search with one seed to the end, unless that was done before."""
-        status = {r.id: r.status for r in self.run.trials()}.get(index)
+        # The others would read the trials at another moment.
+        status = self.processes.first({r.id: r.status for r in self.run.trials()}.get(index))
         if status not in (None, "asked"):
             return
         plan, folder = plan_of(self.task, self.space, self.data, seed), folder_of(self.run, seed)
         state = self._restored(plan, seed, folder)
         last = plan.epochs * state.batches.steps_per_epoch
+        if state.stopped is None and state.all_steps < last:
+            self._forecast(state, plan, len(self.seeds) - index, on_forecast)
         if state.all_steps:
-            self.run.log(f"seed {seed}: goes on at step {state.all_steps} of {last}")
+            self._log(f"seed {seed}: goes on at step {state.all_steps} of {last}")
 
         def count(step: int) -> None:
             if progress is not None:
@@ -120,7 +137,7 @@ class Session:
                 changes = self._decision(state, phase, due)
             elif state.epoch < phase.end:
                 changes = dict(run_epoch(state, phase.recipe, count))
-                if not state.failed and not _finite(state.supernet):
+                if not state.failed and not self.processes.first(_finite(state.supernet)):
                     state.stopped, state.failed = f"parameters became infinite in epoch {state.all_epochs}", True
                 if state.failed:
                     break
@@ -132,13 +149,17 @@ class Session:
             row = self._row(state, phase.recipe, seed, changes)
             state.rows.append(row)
             self._early_stop(state)
-            write(checkpoint_path(folder, state.all_steps), {"format": FORMAT, **state_dict(state)})
-            keep_newest(folder)
-            self._log_rows(seed, state.rows)
-            self.run.log(" ".join(f"{k} {v:.5g}" for k, v in row.items() if isinstance(v, int | float)))
+            if self.processes.leads:
+                write(checkpoint_path(folder, state.all_steps), {"format": FORMAT, **state_dict(state)})
+                keep_newest(folder)
+                self._log_rows(seed, state.rows)
+            self.processes.wait()
+            self._log(" ".join(f"{k} {v:.5g}" for k, v in row.items() if isinstance(v, int | float)))
             if on_epoch is not None and due is None:
                 on_epoch(row)
-        self._finish(index, seed, state, folder)
+        if self.processes.leads:
+            self._finish(index, seed, state, folder)
+        self.processes.wait()
 
     # -- pieces ------------------------------------------------------------------------------------------------
 
@@ -146,7 +167,8 @@ class Session:
         """The state at the start of a part; see `begin`."""
         recipe = plan.phases[index].recipe
         with training_errors(recipe.training.batch_size):
-            state = begin(plan.phases, index, self.space, self.data_there, seed=seed, device=self.device, before=before)
+            where: dict[str, Any] = {"device": self.device, "processes": self.processes}
+            state = begin(plan.phases, index, self.space, self.data_there, seed=seed, before=before, **where)
             draws = state.supernet.generator.get_state()
             check_model(state.supernet, self.data_there)
             state.supernet.generator.set_state(draws)
@@ -166,13 +188,31 @@ class Session:
                 load_state_dict(state, content)
                 return state
             except DamagedCheckpoint:
-                self.tell(f"{path} is damaged; going back to {before or 'the beginning'}")
-                self.run.log(f"damaged checkpoint {path}")
-                path.rename(path.with_suffix(".damaged"))
+                self.processes.wait()  # all have read it
+                if self.processes.leads:
+                    self.tell(f"{path} is damaged; going back to {before or 'the beginning'}")
+                    self._log(f"damaged checkpoint {path}")
+                    path.rename(path.with_suffix(".damaged"))
+                self.processes.wait()
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 reason = " ".join(str(error).split())[:120]
                 raise UserError(str(path), f"a checkpoint of this search ({reason})") from None
         return state
+
+    def _forecast(
+        self, state: SearchState, plan: Plan, seeds: int, on_forecast: Callable[[Forecast], None] | None
+    ) -> None:
+        """Once in a session, for the part of the search that comes next; all processes take part if one asks."""
+        wanted, self.predicted = not self.predicted, True
+        if wanted and any(self.processes.gather(on_forecast is not None)):
+            found = forecast(state, plan.phases[state.phase].recipe)
+            left = plan.epochs * state.batches.steps_per_epoch * seeds - state.all_steps
+            if on_forecast is not None:
+                on_forecast(replace(found, seconds=found.step_seconds * left))
+
+    def _log(self, text: str) -> None:
+        if self.processes.leads:
+            self.run.log(text)
 
     def _decision(self, state: SearchState, phase: Phase, due: Decision) -> Row:
         begin_time = time.perf_counter()
@@ -182,6 +222,9 @@ class Session:
 
     def _row(self, state: SearchState, recipe: Recipe, seed: int, changes: Mapping[str, Any]) -> Row:
         """The row of the epoch or the decision that is just over."""
+        return self.processes.first(self._measured(state, recipe, seed, changes) if self.processes.leads else None)
+
+    def _measured(self, state: SearchState, recipe: Recipe, seed: int, changes: Mapping[str, Any]) -> Row:
         begin_time = time.perf_counter()
         found = mixture_accuracy(state, self.data_there, recipe)
         row: Row = {

@@ -56,7 +56,7 @@ def weight_step(state: SearchState, recipe: Recipe, batch: Batch, epoch: int, to
     if both:
         descend_alphas(state, recipe, passes[-1][0])
     for value, outputs in passes:
-        totals.add(value, outputs, batch.labels)
+        totals.add(value / state.share(batch), outputs, batch.labels)
 
 
 @contextlib.contextmanager
@@ -106,9 +106,10 @@ class Totals:
         self.count += len(labels)
 
     def over(self, processes: Processes) -> Totals:
-        """The sums over the images of all processes; their losses are means over all of them already."""
-        hits, count = processes.total(torch.tensor([self.hits, self.count], dtype=torch.float64)).tolist()
-        return Totals(self.loss * (count / max(self.count, 1)), int(hits), int(count))
+        """The sums over the images of all processes."""
+        sums = torch.tensor([self.loss, self.hits, self.count], dtype=torch.float64)
+        loss, hits, count = processes.total(sums).tolist()
+        return Totals(loss, int(hits), int(count))
 
     def means(self) -> dict[str, float]:
         if not self.count:
