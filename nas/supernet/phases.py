@@ -153,6 +153,10 @@ def _tuning(recipe: Recipe, rate: float, epochs: int) -> Recipe:
     """The recipe of the weights between decisions: the schedule anew from a lower rate; alphas stay."""
     training = recipe.training
     lower = training.learning_rate * rate
-    changes = {"learning_rate": lower, "final_rate": min(training.final_rate, lower), "warmup_epochs": 0.0}
+    changes: dict[str, Any] = {
+        "learning_rate": lower,
+        "final_rate": min(training.final_rate, lower),
+        "warmup_epochs": 0.0,
+    }
     tuned = replace(training, epochs=epochs, **changes)
     return replace(recipe, training=tuned, alpha_warmup_epochs=epochs)
