@@ -215,7 +215,7 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
         objectives = parse_objectives("val_acc")
     scoring = settings.get("scoring")
     evaluator = make_evaluator(settings["evaluator"], objectives, settings["label"], policy, training, scoring)
-    if objectives is None and (scoring is not None or settings["evaluator"].startswith("predictor:")):
+    if objectives is None and (scoring is not None or settings["evaluator"].startswith(("predictor:", "supernet:"))):
         objectives = (Objective(evaluator.metrics()[0], maximize=True),)  # type: ignore[attr-defined]
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
     if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:

@@ -103,9 +103,10 @@ def resume(settings: Mapping[str, Any], out: Path, output: Output) -> None:
 
 
 def _search(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], output: Output) -> None:
-    from nas.cli.train import _device
+    from nas.cli.train import _device, say_forecast
     from nas.references import find_architecture
     from nas.supernet.search import search_run
+    from nas.training.distributed import joined
 
     every = max(1, task.recipe.epochs // EPOCH_LINES)
 
@@ -116,17 +117,26 @@ def _search(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any],
         line = f"seed {row['seed']}  epoch {row['epoch']:>3}  train_loss {row['train_loss']:.4f}"
         output.say(f"{line}  val_acc {row['val_acc']:6.2f}{skips}", style="dim")
 
-    with output.progress("steps") as progress:
-        run = search_run(
-            task,
-            out,
-            seeds=seeds,
-            device=_device(describe.get("device", "cpu")),
-            describe=describe,
-            progress=progress,
-            on_epoch=on_epoch,
-            on_warning=output.warn,
-        )
+    device = _device(describe.get("device", "cpu"))
+    with joined(device) as processes:
+        if processes.world > 1 and device == "cuda":
+            device = f"cuda:{processes.local_rank}"
+        quiet = not processes.leads
+        with output.progress("steps") as progress:
+            run = search_run(
+                task,
+                out,
+                seeds=seeds,
+                device=device,
+                describe=describe,
+                progress=None if quiet else progress,
+                on_epoch=None if quiet else on_epoch,
+                on_forecast=None if quiet else lambda found: say_forecast(output, found, "of search"),
+                on_warning=None if quiet else output.warn,
+                processes=processes,
+            )
+    if quiet:
+        return
     trials = run.trials()
     done = [trial for trial in trials if trial.status == "done"]
     if not done:

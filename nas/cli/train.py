@@ -143,16 +143,6 @@ def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], 
     epochs = task.recipe.epochs
     every = max(1, (epochs or 1) // EPOCH_LINES)
 
-    def on_forecast(found: Any) -> None:
-        room = "" if found.available_bytes is None else f" of {found.available_bytes / 1e9:.1f} GB free"
-        output.say(
-            f"forecast: {_clock(found.seconds)} of training ({1e3 * found.step_seconds:.0f} ms a step), "
-            f"{_size(found.memory_bytes)}{room}",
-            style="dim",
-        )
-        if not found.fits:
-            output.warn("that is more memory than is free: lower batch_size (--set batch_size=...) or the scale")
-
     def on_epoch(seed: int, row: Mapping[str, float]) -> None:
         if row["epoch"] % every and row["epoch"] != epochs:
             return
@@ -172,7 +162,7 @@ def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], 
                 checkpoint_steps=describe["checkpoint_steps"],
                 describe=describe,
                 progress=None if quiet else progress,
-                on_forecast=None if quiet else on_forecast,
+                on_forecast=None if quiet else lambda found: say_forecast(output, found, "of training"),
                 on_epoch=None if quiet else on_epoch,
                 on_warning=None if quiet else output.warn,
                 processes=processes,
@@ -200,6 +190,18 @@ def _train(task: Any, seeds: list[int], out: Path, describe: Mapping[str, Any], 
     output.say(f"\nreport: nas report {out}    measure: nas evaluate {out}", style="dim")
     output.say(f"take it home: nas export {out}:best --to model.py", style="dim")
     output.finish({"run": str(out), **summary.as_json()})
+
+
+def say_forecast(output: Output, found: Any, of_what: str) -> None:
+    """Time and memory before the first step, and a warning where the memory will not do."""
+    room = "" if found.available_bytes is None else f" of {found.available_bytes / 1e9:.1f} GB free"
+    output.say(
+        f"forecast: {_clock(found.seconds)} {of_what} ({1e3 * found.step_seconds:.0f} ms a step), "
+        f"{_size(found.memory_bytes)}{room}",
+        style="dim",
+    )
+    if not found.fits:
+        output.warn("that is more memory than is free: lower batch_size (--set batch_size=...) or the scale")
 
 
 def _device(wanted: str) -> str:

@@ -8,8 +8,10 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,6 +162,7 @@ class TrainEvaluator:
         named = {k: v for k, v in task.as_json().items() if k not in _DATA}
         named["recipe"] = {k: v for k, v in named["recipe"].items() if k != "source"}
         named["layer"], named["norm"] = _content(self.layer), _content(self.norm)
+        named["code"] = [_code(str(named[key])) for key in ("space", "factory")]
         named |= {"data": about, "seed": self.train_seed, "threads": self.threads, "device": self.device}
         text = json.dumps(named, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -205,6 +208,15 @@ def _content(name: str | None) -> str | None:
     from nas.layers.references import find_layer
 
     return fingerprint(find_layer(name))
+
+
+def _code(name: str) -> str | None:
+    """A hash of the file in which `package.module:object` stands, since it can change; what it imports is not read."""
+    module = sys.modules.get(name.partition(":")[0])
+    path = getattr(module, "__file__", None)
+    if ":" not in name or path is None:
+        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
