@@ -17,6 +17,7 @@ from nas.supernet.recipe import Recipe
 from nas.supernet.relaxation import Weights
 from nas.supernet.settings import Shapley
 from nas.training.batches import Batch
+from nas.training.distributed import ALONE, Processes
 from nas.training.loop import random_states, training_errors
 from nas.training.recalibrate import evaluating
 from search_spaces.cells.operations import Zero
@@ -51,11 +52,14 @@ def contributions(games: Iterable[Game], orders: Iterable[Sequence[int]], *, tru
     return np.array(rows)
 
 
-def accuracy_game(supernet: Supernet, players: Sequence[tuple[str, int]], batch: Batch) -> Game:
+def accuracy_game(
+    supernet: Supernet, players: Sequence[tuple[str, int]], batch: Batch, processes: Processes = ALONE
+) -> Game:
     """The accuracy in percent on a batch of the supernet with the players (label, candidate) of a coalition alone.
 
     The other players' candidates do not run and the mixing weights of the rest stay as they are. Normalisations use
-    the batch's statistics; to be called where gradients are off and buffers are put back.
+    the batch's statistics; to be called where gradients are off and buffers are put back. processes: each has a part
+    of the batch, and the accuracy is that on all of them.
     """
     draw = supernet.draw()
 
@@ -66,7 +70,9 @@ def accuracy_game(supernet: Supernet, players: Sequence[tuple[str, int]], batch:
                 absent.setdefault(label, []).append(candidate)
         weights = {label: _without(found, absent.get(label, [])) for label, found in draw.weights.items()}
         outputs = supernet(batch.images, draw=Draw(weights, draw.scales))
-        return 100 * float((outputs.argmax(1) == batch.labels).double().mean())
+        right = (outputs.argmax(1) == batch.labels).double()
+        sums = processes.total(torch.stack([right.sum(), right.new_tensor(float(len(right)))]))
+        return 100 * float(sums[0] / sums[1])
 
     return game
 
@@ -128,8 +134,9 @@ class ShapleyAlphas(Part):
         batches, count = state.alpha_batches, min(self.settings.images, len(state.alpha_batches.images))
         each = -(-count // batches.batch_size) + 1  # one more, as an epoch's last batch may be smaller
         found = [batches.batch(state.step + index * each + place) for place in range(each)]
-        images, labels, targets = (torch.cat(parts)[:count].to(state.device) for parts in zip(*found))
-        game = accuracy_game(state.supernet, self.players, Batch(images, labels, targets))
+        own = -(-count // state.processes.world)
+        images, labels, targets = (torch.cat(parts)[:own].to(state.device) for parts in zip(*found))
+        game = accuracy_game(state.supernet, self.players, Batch(images, labels, targets), state.processes)
 
         def counted(coalition: np.ndarray) -> float:
             self.evaluations += 1
