@@ -34,10 +34,10 @@ class Rules:
     kept: {label: candidates it is restricted to}. passing, empty: {label: its candidates that only pass their input
     on, those that are `none`}. skip_cap: at most so many passing operations, reduction cells not counted: the weakest
     is taken off its edge and all is read off again (Chen et al., P-DARTS, ICCV 2019, section 3.3.2; the code's
-    `delete_min_sk_prob`; recollection). threshold: candidates at or below it are not chosen (Chu et al., Fair DARTS, ECCV 2020): an
-    edge without a stronger one is `none`, but the strongest edge into a node stays where no other does. Where edges
-    cannot be `none` or are no edges, and in the space darts, whose nodes have two inputs in any case, the strongest
-    candidates are chosen as without it.
+    `delete_min_sk_prob`; recollection). threshold: candidates at or below it are not chosen (Chu et al., Fair DARTS,
+    ECCV 2020): an edge without a stronger one is `none`, but the strongest edge into a node stays where no other does.
+    Where edges cannot be `none` or are no edges, and in the space darts, whose nodes have two inputs in any case, the
+    strongest candidates are chosen as without it.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
