@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,8 @@ def _alike(module: ActConvNorm, other: ActConvNorm) -> bool:
 
 def _joint(modules: Sequence[ActConvNorm], factors: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """The sum of factor * module(x) by one convolution and one normalisation; smaller kernels get a rim of zeros."""
-    first, norms = modules[0], [module.norm for module in modules]
+    first = modules[0]
+    norms: list[Any] = [module.norm for module in modules]  # of the class that `_is_narrow` asks for
     height, width = (max(m.conv.kernel_size[axis] for m in modules) for axis in (0, 1))
     kernels = []
     for module in modules:
