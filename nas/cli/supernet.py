@@ -183,7 +183,7 @@ def recipes(
     json: options.Json = False,
 ) -> None:
     """List the recipes, all settings of one with where they are from, or the difference of two."""
-    from nas.supernet.recipes import RECIPES, SOURCES, diff, scaled
+    from nas.supernet.recipes import OWN, RECIPES, SOURCES, diff, scaled
     from nas.supernet.recipes import recipe as find_recipe
 
     output = Output("supernet recipes", json)
@@ -206,9 +206,8 @@ def recipes(
         output.finish({"diff": differences, "recipes": [first.name, second.name]})
         return
     own = SOURCES[first.name]
-    known = {**_places(SOURCES["darts-v1"]), **_places(own)}
-    if first.name == "spos":  # no descendant of DARTS
-        known = _places(own)
+    # What trains single paths is no descendant of DARTS.
+    known = _places(own) if first.name in OWN else {**_places(SOURCES["darts-v1"]), **_places(own)}
     settings = {key: value for key, value in first.flat().items() if key not in ("name", "source")}
     rows = [[key, str(value), known.get(key, "")] for key, value in settings.items() if key in known]
     output.say(first.source)

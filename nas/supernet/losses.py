@@ -35,5 +35,6 @@ def regularization(supernet: Supernet, recipe: Recipe, epoch: int) -> Tensor | N
     weight = recipe.regularizer_weight
     if recipe.regularizer_ramp:
         weight = regularizers.linear(0.0, weight, epoch, recipe.epochs)
+    alphas = [alpha[list(supernet.candidates_of(label))] for label, alpha in supernet.alphas.items()]
     terms = {"beta-decay": regularizers.beta_decay, "zero-one": regularizers.zero_one, "entropy": regularizers.entropy}
-    return weight * terms[recipe.regularizer](list(supernet.alphas.values()))
+    return weight * terms[recipe.regularizer](alphas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from nas.supernet.state import SearchState, load_state_dict, state_dict
 from nas.supernet.steps import run_epoch
 from nas.training.preflight import Forecast, available_bytes, wait
 
-TIMED = 2
+TIMED = 2  # or as many as the alphas move once in
 
 
 def forecast(state: SearchState, recipe: Recipe, seeds: int = 1) -> Forecast:
@@ -26,7 +27,7 @@ def forecast(state: SearchState, recipe: Recipe, seeds: int = 1) -> Forecast:
     """
     device, before = state.device, deepcopy(state_dict(state))
     moving = replace(recipe, alpha_warmup_epochs=0)
-    timed = min(TIMED, state.batches.steps_per_epoch - 1)
+    timed = min(max(TIMED, recipe.alpha_every), state.batches.steps_per_epoch - 1)
     saved = SavedBytes(state.supernet)
     watched: Any = contextlib.nullcontext()
     if device.type == "cuda":
@@ -97,8 +98,13 @@ class _Held:
 
 
 def _state_bytes(state: SearchState) -> int:
-    tensors = [*state.supernet.parameters(), *state.supernet.buffers()]
-    gradients = list(state.supernet.parameters())
-    optimizers = [o for o in (state.optimizer, state.alpha_optimizer) if o is not None]
-    held = [v for o in optimizers for s in o.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-    return sum(t.nbytes for t in (*tensors, *gradients, *held))
+    """Gradients, and all tensors that a checkpoint holds: weights, optimisers, what parts remember."""
+    return sum(p.nbytes for p in state.supernet.parameters()) + _bytes(state_dict(state))
+
+
+def _bytes(content: Any) -> int:
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping | list | tuple):
+        return sum(map(_bytes, content.values() if isinstance(content, Mapping) else content))
+    return 0

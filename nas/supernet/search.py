@@ -100,10 +100,7 @@ def _check_shareable(task: SearchTask) -> None:
     """Errors: UserError for a recipe with parts that decide by what one process alone sees."""
     recipe = task.recipe
     alone = {
-        "solver": recipe.solver in ("relaxed", "shapley"),
         "perturbation": recipe.perturbation == "adversarial",
-        "importance": recipe.importance is not None,
-        "latency": recipe.latency is not None,
         "stages": recipe.stages is not None,
         "projection": recipe.projection is not None,
     }

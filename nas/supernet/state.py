@@ -94,9 +94,7 @@ class SearchState:
         return _to(self.alpha_batches.batch(self.step), self.device)
 
 
-def start(
-    supernet: Supernet, data: Dataset, recipe: Recipe, *, seed: int, processes: Processes = ALONE
-) -> SearchState:
+def start(supernet: Supernet, data: Dataset, recipe: Recipe, *, seed: int, processes: Processes = ALONE) -> SearchState:
     """The state before the first step. data: `train` for the weights, `val` for the alphas.
 
     processes: each has its share of every batch; all draw the same mixing weights, so the search is that of one process

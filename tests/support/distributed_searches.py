@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nas.supernet.network import supernet_of
-from nas.supernet.recipes import recipe
 from nas.supernet.recipe import Recipe
+from nas.supernet.recipes import recipe
 from nas.supernet.search import SearchTask, search_run
 from nas.supernet.state import start
 from nas.supernet.steps import run_epoch
@@ -25,7 +25,21 @@ from search_spaces.registry import load_space
 
 # 47 and 45 images: the last batches have 15 and 13, which two processes cannot share evenly.
 WEIGHTS, ALPHAS, EPOCHS = 47, 45, 2
-CASES = ("darts-v1", "darts-v2", "pc-darts", "gdas", "drnas", "snas", "beta-darts", "fairnas", "oles")
+ONE_SUPERNET = ("darts-v1", "darts-v2", "pc-darts", "gdas", "drnas", "snas", "beta-darts", "oles", "rarts")
+CASES = (*ONE_SUPERNET, "fairnas", "pa-da", "proxylessnas")
+    "darts-v1",
+    "darts-v2",
+    "pc-darts",
+    "gdas",
+    "drnas",
+    "snas",
+    "beta-darts",
+    "fairnas",
+    "oles",
+    "rarts",
+    "pa-da",
+    "proxylessnas",
+)
 
 
 def images(count: int, seed: int) -> Split:

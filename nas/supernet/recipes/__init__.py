@@ -12,12 +12,14 @@ from nas.supernet.recipes import darts, sampled, stabilised, staged
 from nas.supernet.recipes.scales import SCALES, Scale, scaled
 from search_spaces.common.names import match
 
-__all__ = ["RECIPES", "SCALES", "SOURCES", "Scale", "diff", "recipe", "scaled"]
+__all__ = ["OWN", "RECIPES", "SCALES", "SOURCES", "Scale", "diff", "recipe", "scaled"]
 
 _FILES = (darts, stabilised, staged, sampled)
 RECIPES: dict[str, Recipe] = {found.name: found for file in _FILES for found in file.LISTED}
 # Where the settings stand in which a recipe differs from darts-v1; those of darts-v1 itself in its own entry.
+# OWN: recipes whose entry has all of them.
 SOURCES: dict[str, Mapping[str, str]] = {name: found for file in _FILES for name, found in file.SOURCES.items()}
+OWN = tuple(found.name for found in sampled.LISTED)
 
 
 def recipe(name: str) -> Recipe:

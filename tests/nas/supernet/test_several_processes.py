@@ -77,9 +77,9 @@ def test_a_run_of_two_processes_is_written_once_and_goes_on(folder):
     assert trial.status == "done"
 
 
-@pytest.mark.parametrize("name", ["sdarts-adv", "rarts", "shapley-nas", "pa-da", "darts-pt", "p-darts", "proxylessnas"])
+@pytest.mark.parametrize("name", ["sdarts-adv", "darts-pt", "p-darts"])
 def test_what_one_process_must_decide_is_refused_in_several(name, tmp_path):
-    task = SearchTask(settings(name) if name != "pa-da" else settings(name), images=100)
+    task = SearchTask(settings(name), images=100)
     with pytest.raises(UserError, match="one process"):
         search_run(task, tmp_path / "run", processes=Processes(0, 2, 0))
     assert not (tmp_path / "run").exists()
