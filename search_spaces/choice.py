@@ -67,7 +67,9 @@ def selected_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
         plain, chosen = key, True
         for prefix in sorted(choices, key=len, reverse=True):  # inner choices first, so that outer positions hold
             found = re.match(re.escape(prefix) + r"candidates\.(\d+)\.", key)
-            if found is not None:
+            if found is None:
+                chosen &= not key.startswith(prefix)  # what stands beside the candidates, such as an auxiliary skip
+            else:
                 chosen &= int(found[1]) == choices[prefix].selected
                 plain = prefix + plain[found.end() :]
         if chosen:

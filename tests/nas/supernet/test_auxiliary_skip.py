@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -141,3 +142,14 @@ def test_what_has_no_skip_connection_and_no_shape_is_refused():
         tiny(auxiliary_skip_decay="slow-cosin")
     with pytest.raises(UserError, match="auxiliary_skip"):
         tiny(auxiliary_skip=-1.0)
+
+
+def test_the_weights_of_a_selection_are_those_of_the_built_network_without_the_auxiliary_skips():
+    found, space = tiny(norm_after_pools=False), load_space("darts")
+    supernet = make_supernet(space, found, DIGITS, seed=0)
+    arch = space.sample(np.random.default_rng(0))
+    supernet.select(space.select(arch))
+    scale = {"channels": 4, "layers": found.layers, "in_channels": 1, "num_classes": 10}
+    built = space.build(arch, **scale)
+    missing = set(built.state_dict()) ^ set(selected_state_dict(supernet.network))
+    assert all(name.rsplit(".", 1)[1] in ("weight", "bias") and "norm" in name for name in missing)
