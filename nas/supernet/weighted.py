@@ -165,8 +165,9 @@ def _joint(modules: Sequence[ActConvNorm], factors: Sequence[torch.Tensor], x: t
     )
     if norm.training and means is not None and variances is not None:
         for n, mean, variance in zip(norms, means.chunk(len(norms)), variances.chunk(len(norms))):
-            n.running_mean.copy_(mean)
-            n.running_var.copy_(variance)
+            # As torch's own: a graph of before, which does not read them in training, still has its backward pass.
+            n.running_mean.data.copy_(mean)
+            n.running_var.data.copy_(variance)
     if norm.training:
         for n in norms:
             if n.num_batches_tracked is not None:
