@@ -15,8 +15,9 @@ def blocks() -> list[tuple[str, str]]:
     return re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_everything_in_the_readme_runs(tmp_path, nas_bench_201):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def test_everything_in_the_readme_runs(tmp_path, nas_bench_201, shared_table):
+    """`$CIFAR10` is the user's folder of CIFAR-10."""
+    environment = {"CIFAR10": str(shared_table("cifar10/train.parquet").parent), **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     assert len(blocks()) >= 6
     for language, text in blocks():
         command = ["bash", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]

@@ -137,9 +137,14 @@ class Recipe:
         return [f"{k}: {v!r} instead of {other.get(k)!r}" for k, v in asdict(self).items() if _plain(other.get(k)) != v]
 
     def replaced(self, changes: dict[str, Any]) -> Recipe:
-        """A copy with other settings, by name. Errors: UserError for a name that is no setting, with the nearest."""
+        """A copy with other settings, by name; `steps` alone take the place of epochs.
+
+        Errors: UserError for a name that is no setting, with the nearest.
+        """
         known = {field.name: field for field in fields(self)}
         found = {match(name.replace("-", "_"), known, "a setting of a training"): v for name, v in changes.items()}
+        if "steps" in found:
+            found.setdefault("epochs", None)
         for name, value in found.items():
             default = getattr(self, name)
             if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -186,3 +186,9 @@ def test_presets_build_and_state_their_sources(name):
 def test_an_unknown_preset():
     with pytest.raises(UserError, match="did you mean 'nas-bench-201'"):
         preset("nasbench201")
+
+
+def test_steps_take_the_place_of_epochs():
+    assert Recipe(epochs=5).replaced({"steps": 7}).resolved(100).steps == 7
+    assert Recipe(epochs=5).replaced({"steps": 7, "epochs": 2}).resolved(100).steps == 200
+    assert Recipe(steps=7).replaced({"epochs": 2}).resolved(100).steps == 200
