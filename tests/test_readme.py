@@ -17,7 +17,11 @@ def blocks() -> list[tuple[str, str]]:
 
 def test_everything_in_the_readme_runs(tmp_path, nas_bench_201, shared_table):
     """`$CIFAR10` is the user's folder of CIFAR-10."""
-    environment = {"CIFAR10": str(shared_table("cifar10/train.parquet").parent), **os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = {
+        "CIFAR10": str(shared_table("cifar10/train.parquet").parent),
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     assert len(blocks()) >= 6
     for language, text in blocks():
         command = ["bash", "-e", "-c", text] if language == "bash" else [sys.executable, "-c", text]

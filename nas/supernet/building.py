@@ -71,6 +71,7 @@ def make_supernet(space: SearchSpace, recipe: Recipe, data: Dataset, *, seed: in
             partial=partial,
             edge_normalisation=recipe.edge_normalisation,
             checkpointed=recipe.checkpointed,
+            joined=recipe.joined_channels,
         )
         if recipe.auxiliary_skip:
             add_auxiliary_skips(supernet, recipe.auxiliary_skip)

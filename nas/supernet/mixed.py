@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nas.supernet.relaxation import Weights
-from nas.supernet.weighted import products
+from nas.supernet.weighted import JOINED_CHANNELS, products
 from search_spaces.cells.operations import Zero
 from search_spaces.choice import Choice
 from search_spaces.common.errors import UserError
@@ -36,11 +36,19 @@ class Mixed(Choice):
     `auxiliary_weight` (DARTS-); None, the default, for none. A selected candidate runs without it.
     """
 
-    def __init__(self, candidates: Iterable[nn.Module], label: str, *, partial: int = 1, checkpointed: bool = False):
+    def __init__(
+        self,
+        candidates: Iterable[nn.Module],
+        label: str,
+        *,
+        partial: int = 1,
+        checkpointed: bool = False,
+        joined: int = JOINED_CHANNELS,
+    ):
         super().__init__(candidates, label)
         if partial < 1:
             raise UserError(partial, "k of partial channels: the candidates see one in k channels, k at least 1")
-        self.partial, self.checkpointed = partial, checkpointed
+        self.partial, self.checkpointed, self.joined = partial, checkpointed, joined
         self.weights: Weights | None = None
         self.scale: torch.Tensor | None = None
         self.auxiliary: nn.Module | None = None
@@ -62,7 +70,7 @@ class Mixed(Choice):
         running = everything if weights.active is None else weights.active
         # `none` adds zeros and has no gradient: it runs only where nothing else does.
         adding = [k for k in running if not isinstance(self.candidates[k], Zero)] or running[:1]
-        terms = products([self.candidates[k] for k in adding], [values[k] for k in adding], *inputs)
+        terms = products([self.candidates[k] for k in adding], [values[k] for k in adding], *inputs, narrow=self.joined)
         if weights.gated and values.requires_grad and torch.is_grad_enabled():
             others = [k for k in everything if k not in running and not isinstance(self.candidates[k], Zero)]
             with torch.no_grad():  # of a candidate that adds nothing only the output is kept, not what lies inside it

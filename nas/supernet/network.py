@@ -14,7 +14,7 @@ from torch import nn
 from nas.supernet.edges import edges_into_nodes
 from nas.supernet.mixed import Mixed
 from nas.supernet.relaxation import Relaxation, Weights
-from nas.supernet.weighted import prepare
+from nas.supernet.weighted import JOINED_CHANNELS, prepare
 from search_spaces.choice import Choice, find_choices, select
 from search_spaces.common.errors import UserError, one_of
 from search_spaces.common.names import nearest
@@ -50,7 +50,8 @@ class Supernet(nn.Module):
     edge_normalisation: every edge is scaled by the softmax of `betas` over the edges into its node (Xu et al.,
     PC-DARTS, ICLR 2020, section 3.3). Its edges, and those with partial channels, are
     found by their labels (`nas.supernet.edges`).
-    checkpointed: mixtures keep no activations for backward but compute them again.
+    checkpointed: mixtures keep no activations for backward but compute them again. joined: on a CPU convolutions of a
+    mixture with at most so many channels are computed as one, which changes the rounding.
     progress: attribute, 0 to 1, the share of the search that is done; set by the loop, read by temperature schedules.
     kept: attribute, {label: the candidates that a restricted label still has}; see `restrict`.
 
@@ -67,6 +68,7 @@ class Supernet(nn.Module):
         partial: PartialChannels | None = None,
         edge_normalisation: bool = False,
         checkpointed: bool = False,
+        joined: int = JOINED_CHANNELS,
     ):
         super().__init__()
         labels = find_choices(network)
@@ -77,7 +79,7 @@ class Supernet(nn.Module):
             raise UserError(list(labels), EDGE_LABELS)
         edges = {label for entering in nodes.values() for label in entering} if partial else set()
         self.relaxation, self.generator, self.progress = relaxation, generator, 0.0
-        self.network = _Replacement(partial, edges, checkpointed)(network)
+        self.network = _Replacement(partial, edges, checkpointed, joined)(network)
         found = find_choices(self.network)
         self.labels = tuple(found)
         self.nodes = nodes if edge_normalisation else {}
@@ -250,8 +252,8 @@ def _initial(count: int, generator: torch.Generator) -> nn.Parameter:
 class _Replacement:
     """Puts a Mixed in place of every Choice of a module; edges with partial channels get the narrow candidates."""
 
-    def __init__(self, partial: PartialChannels | None, edges: set[str], checkpointed: bool):
-        self.partial, self.edges, self.checkpointed = partial, edges, checkpointed
+    def __init__(self, partial: PartialChannels | None, edges: set[str], checkpointed: bool, joined: int):
+        self.partial, self.edges, self.checkpointed, self.joined = partial, edges, checkpointed, joined
         self.made: dict[int, Mixed] = {}  # one Choice at several places stays one
 
     def __call__(self, module: nn.Module) -> nn.Module:
@@ -277,7 +279,9 @@ class _Replacement:
                 prepare(self._replaced(candidate, _candidate(narrow, index), False))
                 for index, candidate in enumerate(source.candidates)
             ]
-            self.made[id(module)] = Mixed(candidates, module.label, partial=k, checkpointed=checkpointed)
+            self.made[id(module)] = Mixed(
+                candidates, module.label, partial=k, checkpointed=checkpointed, joined=self.joined
+            )
         return self.made[id(module)]
 
 

@@ -29,6 +29,7 @@ from nas.supernet.settings import (
     Shapley,
     Stages,
 )
+from nas.supernet.weighted import JOINED_CHANNELS
 from nas.training.recipe import Recipe as Training
 from search_spaces.common.errors import UserError
 from search_spaces.common.names import match
@@ -83,7 +84,8 @@ class Recipe:
     (train_search.py: 16, 8; D-X-Y/AutoDL-Projects: 16, 5). affine: whether normalisations in searched cells have
     weights (operations.py: no). norm_after_pools: BatchNorm without weights after pooling, in darts (model_search.py).
     checkpointed: mixtures compute their activations again in the backward pass instead of keeping them: the same
-    search with less memory and more time.
+    search with less memory and more time. joined_channels: on a CPU, convolutions of a mixture with at most so many
+    channels are computed as one (own; it changes the rounding, 0 for none).
     source: the paper and code. Errors: UserError for unknown names and values out of range.
     """
 
@@ -132,6 +134,7 @@ class Recipe:
     affine: bool = False
     norm_after_pools: bool = True
     checkpointed: bool = False
+    joined_channels: int = JOINED_CHANNELS
 
     def __post_init__(self) -> None:
         for name in ("temperature", "alpha_betas", "perturbation_radius"):

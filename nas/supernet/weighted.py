@@ -13,6 +13,10 @@ from nas.supernet.pooling import average_pool
 from search_spaces.cells.darts_network import DepthwiseBlock, FactorizedReduce
 from search_spaces.cells.operations import ActConvNorm
 
+# Convolutions of so many channels at most are joined. Forward and backward of 1x1 and 3x3 at batch 64 together against
+# one after the other: 1.3 to 1.6 times faster with 2 to 8 channels, as fast with 16, slower with 16 on 32 x 32 images.
+JOINED_CHANNELS = 8
+
 
 class WeightedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d times `factor`, a scalar tensor or None for 1; the product is one with its own weight and bias.
@@ -76,45 +80,46 @@ def times(module: nn.Module, factor: torch.Tensor, *inputs: torch.Tensor) -> tor
 
 
 def products(
-    modules: Sequence[nn.Module], factors: Sequence[torch.Tensor], *inputs: torch.Tensor
+    modules: Sequence[nn.Module],
+    factors: Sequence[torch.Tensor],
+    *inputs: torch.Tensor,
+    narrow: int = JOINED_CHANNELS,
 ) -> list[torch.Tensor]:
     """Tensors that add up to the sum of factor * module(*inputs); no more than there are modules.
 
     Narrow convolutions on a CPU are one convolution: torch's kernels work on blocks of channels, so few of them cost as
-    much as a block, and their activation is computed once (`benchmarks.speed.speed_supernet`).
+    much as a block, and their activation is computed once (`benchmarks.speed.speed_supernet`). narrow: with at most so
+    many channels, 0 for none.
     """
-    together = _joinable(modules, *inputs)
+    together = _joinable(modules, narrow, *inputs)
     found = [times(m, f, *inputs) for k, (m, f) in enumerate(zip(modules, factors)) if k not in together]
     if together:
         found.append(_joint([modules[k] for k in together], [factors[k] for k in together], *inputs))  # type: ignore[misc]
     return found
 
 
-# Convolutions of so many channels at most are joined. Forward and backward of 1x1 and 3x3 at batch 64 together against
-# one after the other: 1.3 to 1.6 times faster with 2 to 8 channels, as fast with 16, slower with 16 on 32 x 32 images.
-JOINED_CHANNELS = 8
 _PLAIN_ACTIVATIONS = (nn.ReLU, nn.Identity, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Hardswish, nn.Mish, nn.Tanh)
 
 
-def _joinable(modules: Sequence[nn.Module], *inputs: torch.Tensor) -> list[int]:
+def _joinable(modules: Sequence[nn.Module], narrow: int, *inputs: torch.Tensor) -> list[int]:
     """The places of the modules that `_joint` can compute together; none or at least two."""
     if len(inputs) != 1 or inputs[0].device.type != "cpu":
         return []
     found: list[int] = []
     for place, module in enumerate(modules):
-        narrow = type(module) is ActConvNorm and _is_narrow(module)
-        if narrow and (not found or _alike(module, modules[found[0]])):  # type: ignore[arg-type]
+        known = type(module) is ActConvNorm and _is_narrow(module, narrow)
+        if known and (not found or _alike(module, modules[found[0]])):  # type: ignore[arg-type]
             found.append(place)
     return found if len(found) > 1 else []
 
 
-def _is_narrow(module: ActConvNorm) -> bool:
+def _is_narrow(module: ActConvNorm, narrow: int) -> bool:
     """Whether it is activation, convolution and normalisation as known here, without hooks, of few channels."""
     act, conv, norm = module.act, module.conv, module.norm
     return (
         type(norm) is WeightedBatchNorm2d
         and norm.momentum is not None
-        and conv.out_channels <= JOINED_CHANNELS
+        and conv.out_channels <= narrow
         and type(conv) is nn.Conv2d
         and type(act) in _PLAIN_ACTIVATIONS
         and not getattr(act, "inplace", False)

@@ -157,3 +157,9 @@ def test_wide_ones_stay_apart(monkeypatch):
 def test_shuffling_side_by_side_is_shuffling_the_whole():
     first, rest = torch.randn(2, 3, 4, 4), torch.randn(2, 9, 4, 4)
     assert torch.equal(shuffled(first, rest, 4), shuffle_channels(torch.cat([first, rest], 1), 4))
+
+
+def test_joining_can_be_turned_off():
+    modules, x = [prepare(m) for m in convolutions(PLAIN)], torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    weights = factors(len(modules))
+    assert len(products(modules, weights, x)) < len(products(modules, weights, x, narrow=0)) == len(modules)
