@@ -18,6 +18,7 @@ from nas.supernet.session import Progress, Session, folder_of, plan_of
 from nas.supernet.state import SearchState, load_state_dict
 from nas.supernet.task import SearchTask
 from nas.training.checkpoints import DamagedCheckpoint, checkpoints, read
+from nas.training.continued import check_continues
 from nas.training.data import Dataset
 from nas.training.distributed import ALONE, Processes
 from nas.training.preflight import Forecast
@@ -119,17 +120,8 @@ def _create(out: Path, task: SearchTask, data: Dataset, seeds: Sequence[int], de
         common = {"objectives": "val_acc", "label": "val", "seed": seeds[0], "seeds": list(seeds)}
         Run.create(out, {"kind": KIND, **names, **common, "search": task.as_json(), "data": about, **describe})
         return
-    run = Run.open(out)
-    if run.settings.get("kind") != KIND:
-        raise UserError(str(out), f"a new folder or one of a supernet; this run is a {run.settings.get('kind')}")
-    differences = task.differences(SearchTask.from_json(run.settings["search"]))
-    if differences:
-        raise UserError(str(out), f"the settings of the search there, or a new folder; {'; '.join(differences)}")
-    if run.settings["data"] != about:
-        changed = [f"{k}: {about.get(k)} instead of {v}" for k, v in run.settings["data"].items() if about.get(k) != v]
-        raise UserError(task.data, f"the data the search in {out} began with; {'; '.join(changed)}")
-    before = run.settings["seeds"]
-    if before != list(seeds):
-        if before != list(seeds)[: len(before)]:
-            raise UserError(list(seeds), f"the seeds of the search there, {before}, or more after them")
-        run.update_settings(seeds=list(seeds))
+
+    def differences(settings: Mapping[str, Any]) -> list[str]:
+        return task.differences(SearchTask.from_json(settings["search"]))
+
+    check_continues(Run.open(out), KIND, "search", differences, task.data, about, seeds)

@@ -24,6 +24,7 @@ from nas.training.checkpoints import (
     restore,
     save_state,
 )
+from nas.training.continued import check_continues
 from nas.training.curves import read_curves, write_curves
 from nas.training.data import Dataset
 from nas.training.distributed import ALONE, Processes
@@ -94,20 +95,11 @@ def _create(out: Path, task: Task, data: Dataset, seeds: Sequence[int], describe
         settings = {"kind": "training", "task": task.as_json(), "seeds": list(seeds), "data": about, **describe}
         Run.create(out, settings)
         return
-    run = Run.open(out)
-    if run.settings.get("kind") != "training":
-        raise UserError(str(out), f"a new folder or one of a training; this run is a {run.settings.get('kind')}")
-    differences = task.differences(Task.from_json(run.settings["task"]))
-    if differences:
-        raise UserError(str(out), f"the settings of the training there, or a new folder; {'; '.join(differences)}")
-    if run.settings["data"] != about:
-        changed = [f"{k}: {about.get(k)} instead of {v}" for k, v in run.settings["data"].items() if about.get(k) != v]
-        raise UserError(task.data, f"the data the training in {out} began with; {'; '.join(changed)}")
-    before = run.settings["seeds"]
-    if before != list(seeds):
-        if before != list(seeds)[: len(before)]:
-            raise UserError(list(seeds), f"the seeds of the training there, {before}, or more after them")
-        run.update_settings(seeds=list(seeds))
+
+    def differences(settings: Mapping[str, Any]) -> list[str]:
+        return task.differences(Task.from_json(settings["task"]))
+
+    check_continues(Run.open(out), "training", "training", differences, task.data, about, seeds)
 
 
 @dataclass

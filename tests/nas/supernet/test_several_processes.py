@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_searches import CASES, searched, settings
+from two_processes import run_in_two
 
 from nas.run import Run
 from nas.supernet.search import SearchTask, read_log, search_run
 from nas.training.distributed import Processes
 from search_spaces.common.errors import UserError
 
-ROOT = Path(__file__).parents[3]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     found = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*launch, str(ROOT / "tests" / "support" / "distributed_searches.py"), str(found)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-3000:]
+    run_in_two("distributed_searches.py", found)
     return found
 
 
@@ -55,7 +35,8 @@ def test_both_processes_have_the_same_alphas_and_weights(case, ranks):
     assert ranks[0][case]["rows"] == ranks[1][case]["rows"]
 
 
-@pytest.mark.parametrize("case", CASES)
+# The latency that proxylessnas measures is another one each time.
+@pytest.mark.parametrize("case", [name for name in CASES if name != "proxylessnas"])
 def test_the_search_is_that_of_one_process(case, ranks):
     """float32 sums in another order: a relative error of 1e-7 a step, which six steps let grow a little.
 

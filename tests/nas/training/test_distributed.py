@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_trainings import CASES, PLAIN, UNEVEN, cell, run_task, trained
 from small_trainings import equal, network, outcome, patterns
+from two_processes import run_in_two
 
 from nas.training.checkpoints import load_state
 from nas.training.distributed import ALONE, joined
@@ -19,35 +16,11 @@ from nas.training.loop import start
 from nas.training.runs import train_run
 from search_spaces.common.errors import UserError
 
-ROOT = Path(__file__).parents[3]
-
-
-def _descendants(pid: int) -> list[int]:
-    """A process and all that it began, by /proc."""
-    children = [int(k) for p in Path(f"/proc/{pid}/task").glob("*/children") for k in p.read_text().split()]
-    return [pid, *(k for child in children for k in _descendants(child))]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     found = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*launch, str(ROOT / "tests" / "support" / "distributed_trainings.py"), str(found)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        for child in _descendants(process.pid):  # processes that wait for each other outlive their launcher
-            os.kill(child, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-3000:]
+    run_in_two("distributed_trainings.py", found)
     return found
 
 
