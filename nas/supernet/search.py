@@ -14,7 +14,8 @@ from nas.run import Run
 from nas.supernet.log import Row, read_log
 from nas.supernet.measures import skip_share
 from nas.supernet.phases import begin
-from nas.supernet.session import Progress, Session, folder_of, plan_of
+from nas.supernet.plan import plan_of
+from nas.supernet.session import Progress, Session, folder_of
 from nas.supernet.state import SearchState, load_state_dict
 from nas.supernet.task import SearchTask
 from nas.training.checkpoints import DamagedCheckpoint, checkpoints, read

@@ -19,9 +19,10 @@ from nas.supernet.hessian import early_stop
 from nas.supernet.log import Row, read_log, write_lines
 from nas.supernet.measures import curvature, mixture_accuracy, skip_share
 from nas.supernet.network import Supernet
-from nas.supernet.phases import Phase, begin, phases_of, total_epochs
+from nas.supernet.phases import Phase, begin
+from nas.supernet.plan import Plan, plan_of
 from nas.supernet.preflight import forecast
-from nas.supernet.projection import Decision, decide, decisions_of
+from nas.supernet.projection import Decision, decide
 from nas.supernet.reading import alpha_row
 from nas.supernet.recipe import Recipe
 from nas.supernet.state import SearchState, load_state_dict, state_dict
@@ -40,7 +41,6 @@ from nas.training.data import Dataset
 from nas.training.distributed import ALONE, Processes
 from nas.training.loop import check_model, training_errors
 from nas.training.preflight import Forecast
-from search_spaces.choice import find_choices
 from search_spaces.common.errors import UserError
 from search_spaces.space import SearchSpace
 
@@ -50,39 +50,6 @@ Progress = Callable[[int, int | None], None]
 def folder_of(run: Run, seed: int) -> Path:
     """Where the checkpoints of a seed are."""
     return run.path / "checkpoints" / f"seed-{seed}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The parts of a search with one seed, and the decisions of its projection in their order."""
-
-    phases: list[Phase]
-    decisions: list[Decision]
-
-    @property
-    def epochs(self) -> int:
-        """The epochs of all parts."""
-        return total_epochs(self.phases)
-
-    def due(self, state: SearchState) -> Decision | None:
-        """The decision that comes before the next epoch, if there is one."""
-        phase, made = self.phases[state.phase], sum("decided" in row for row in state.rows)
-        if not phase.projecting or made == len(self.decisions):
-            return None
-        projection = phase.recipe.projection
-        assert projection is not None
-        return self.decisions[made] if state.epoch >= made * projection.epochs else None
-
-
-def plan_of(task: SearchTask, space: SearchSpace, data: Dataset, seed: int) -> Plan:
-    """What a search with `seed` will do."""
-    if task.recipe.projection is None:
-        return Plan(phases_of(task.recipe, 0), [])
-    shape = {"in_channels": data.shape[0], "num_classes": data.num_classes}
-    with torch.random.fork_rng(devices=[]):
-        labels = find_choices(space.choices(**network_scale(space, task.recipe), **shape))
-    decisions = decisions_of(space, labels, seed)
-    return Plan(phases_of(task.recipe, len(decisions)), decisions)
 
 
 @dataclass
