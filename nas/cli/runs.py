@@ -93,11 +93,14 @@ def report(run: options.RunFolder, out: OutFile = None, json: options.Json = Fal
     from nas.report import write_report
     from nas.run import Run
 
-    if Run.open(run).settings.get("kind") == "training":
+    kind = Run.open(run).settings.get("kind")
+    if kind in ("training", "supernet"):
+        from nas.supernet.report import write_search_report
         from nas.training.report import write_training_report
 
         output = Output("report", json)
-        path = write_training_report(Run.open(run), out or Path(run) / "report.html")
+        write = write_training_report if kind == "training" else write_search_report
+        path = write(Run.open(run), out or Path(run) / "report.html")
         output.say(f"report: {path}")
         output.finish({"run": str(run), "report": str(path)})
         return
@@ -115,12 +118,15 @@ def plot(run: options.RunFolder, out: OutFile = None, json: options.Json = False
     from nas.report import write_run_plot
     from nas.run import Run
 
-    if Run.open(run).settings.get("kind") == "training":
+    kind = Run.open(run).settings.get("kind")
+    if kind in ("training", "supernet"):
+        from nas.supernet.report import write_search_plot
         from nas.training.report import write_curve_plot
 
         output = Output("plot", json)
         path = out or Path(run) / "curves.svg"
-        write_curve_plot(Run.open(run), path)
+        draw = write_curve_plot if kind == "training" else write_search_plot
+        draw(Run.open(run), path)
         output.say(f"plot: {path}")
         output.finish({"run": str(run), "plot": str(path)})
         return

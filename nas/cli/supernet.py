@@ -183,7 +183,7 @@ def recipes(
     json: options.Json = False,
 ) -> None:
     """List the recipes, all settings of one with where they are from, or the difference of two."""
-    from nas.supernet.recipes import OWN, RECIPES, SOURCES, diff, scaled
+    from nas.supernet.recipes import RECIPES, diff, scaled, sources
     from nas.supernet.recipes import recipe as find_recipe
 
     output = Output("supernet recipes", json)
@@ -205,17 +205,10 @@ def recipes(
         output.table(["setting", first.name, second.name], rows)
         output.finish({"diff": differences, "recipes": [first.name, second.name]})
         return
-    own = SOURCES[first.name]
-    # What trains single paths is no descendant of DARTS.
-    known = _places(own) if first.name in OWN else {**_places(SOURCES["darts-v1"]), **_places(own)}
+    known = sources(first.name)
     settings = {key: value for key, value in first.flat().items() if key not in ("name", "source")}
     rows = [[key, str(value), known.get(key, "")] for key, value in settings.items() if key in known]
     output.say(first.source)
     output.table(["setting (--set NAME=VALUE)", "value", "source"], rows)
     output.say("\nall other settings are off, or as `nas.supernet.recipe.Recipe` has them", style="dim")
     output.finish({"recipe": settings, "source": first.source, "sources": known})
-
-
-def _places(sources: Mapping[str, str]) -> dict[str, str]:
-    """{setting: where it stands} of a mapping whose keys name several settings."""
-    return {name: place for names, place in sources.items() for name in names.split(", ")}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,3 +472,17 @@ def test_what_was_found_is_exported_for_the_images_of_the_search(nas, tmp_path):
     assert status == 0, err
     network = runpy.run_path("model.py")["Network"]
     assert network()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_report_and_plot_tell_of_the_epochs_and_the_recipe(nas, tmp_path):
+    search_run(task(epochs=2), tmp_path / "run", seeds=(0, 1))
+    status, out, _ = nas("report", tmp_path / "run", "--json")
+    assert status == 0
+    page = Path(json.loads(out)["report"]).read_text()
+    assert "darts-v1 found" in page
+    assert "Found with seed 1" in page
+    assert "quark0/darts, cnn/architect.py" in page
+    assert "given or by the scale; the recipe has 50" in page
+    status, _, _ = nas("plot", tmp_path / "run", "--out", tmp_path / "curves.svg")
+    assert status == 0
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
