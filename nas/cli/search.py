@@ -34,7 +34,8 @@ Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="Keep and use tr
 def search(
     benchmark: options.Benchmark = None,
     evaluator: Annotated[
-        str | None, typer.Option(help="table:ID, train, proxy:NAMES, predictor:DIR or package.module:object.")
+        str | None,
+        typer.Option(help="table:ID, train, proxy:NAMES, predictor:DIR, supernet:RUN or package.module:object."),
     ] = None,
     space: Annotated[
         str | None, typer.Option(help="A space's name or package.module:object (tables know theirs).")
@@ -220,6 +221,8 @@ def _search(settings: Mapping[str, Any], out: Path | None, output: Output) -> No
     space = load_space(settings["space"]) if settings["space"] else space_of(evaluator)
     if isinstance(evaluator, TableEvaluator) and space.name != evaluator.table.space.name:
         raise UserError(space.name, f"the space of {evaluator.benchmark}", evaluator.table.space_name)
+    if settings["evaluator"].startswith("supernet:") and space.name != space_of(evaluator).name:
+        raise UserError(space.name, "the space of the supernet", space_of(evaluator).name)
     evaluator_text = _evaluator_text(evaluator, settings["evaluator"])
     describe = {
         "space": settings["space"] or space_text(space),
