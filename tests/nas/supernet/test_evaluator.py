@@ -101,6 +101,12 @@ def test_the_command_searches_with_it(nas, folder):
     assert json.loads(out)["best"]["arch"] == best["arch"]
 
 
+def test_the_command_refuses_another_space(nas, folder):
+    status, _, err = nas("search", "--evaluator", f"supernet:{folder}", "--space", "darts", "--queries", 2)
+    assert status == 2
+    assert "the space of the supernet" in err
+
+
 def test_bad_input_is_named(folder, tmp_path):
     with pytest.raises(UserError, match="settings.json"):
         make_evaluator(f"supernet:{tmp_path}/none")
