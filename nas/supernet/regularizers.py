@@ -59,11 +59,6 @@ def linear(start: float, end: float, epoch: float, epochs: int) -> float:
     return start + (end - start) * _progress(epoch, epochs)
 
 
-def beta_decay_weight(epoch: float, epochs: int = 100, largest: float = 50.0) -> float:
-    """The factor of `beta_decay`: from 0 linearly towards `largest`; the defaults are the code's on NAS-Bench-201."""
-    return linear(0.0, largest, epoch, epochs)
-
-
 def auxiliary_skip_weight(epoch: float, epochs: int = 50, start: float = 1.0, decay: str = "linear") -> float:
     """The factor of the skip connection that DARTS- adds to every mixed operation: from `start` to 0.
 

@@ -10,7 +10,6 @@ import torch
 from nas.supernet.regularizers import (
     auxiliary_skip_weight,
     beta_decay,
-    beta_decay_weight,
     entropy,
     linear,
     zero_one,
@@ -102,7 +101,7 @@ def test_extremes():
 
 def test_ramps_reach_what_the_papers_code_prints():
     """50 * epoch / 100 (beta-DARTS); (T - epoch) / T and half a cosine (DARTS-)."""
-    assert [beta_decay_weight(e) for e in (0, 1, 50, 99)] == pytest.approx([0, 0.5, 25, 49.5])
+    assert [linear(0.0, 50.0, e, 100) for e in (0, 1, 50, 99)] == pytest.approx([0, 0.5, 25, 49.5])
     assert [auxiliary_skip_weight(e) for e in (0, 10, 49, 50)] == pytest.approx([1, 0.8, 0.02, 0])
     assert auxiliary_skip_weight(10, 40, decay="cosine") == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert auxiliary_skip_weight(20, 40, start=2.0, decay="slow-cosine") == pytest.approx(2 * math.sqrt(0.5))
