@@ -159,6 +159,11 @@ def _reader(evaluator: TableEvaluator) -> _Reader:
     return _reader_of(evaluator, os.stat(table_path(evaluator.benchmark)).st_mtime_ns)
 
 
+def reference_metric(table: Table) -> str:
+    """The accuracy by which others are judged: of test images where the table has test values, else of validation."""
+    return default_metric(table, "test" if any(m.startswith("test_") for m in table.metrics) else "val")
+
+
 def default_metric(table: Table, label: str = "val") -> str:
     """The accuracy (or the one other quality) of the split `label`.
 

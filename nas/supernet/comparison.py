@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.table import Table
-from nas.evaluators import default_metric
+from nas.evaluators import reference_metric
 from nas.run import Run
 from nas.supernet.search import KIND, SearchTask, read_log
 from search_spaces.common.errors import UserError
@@ -77,7 +77,7 @@ def compare(paths: Sequence[str | Path], table: Table) -> Comparison:
     Errors: UserError for a run that is no search in a supernet, is in another space, or has no finished seed; for two
     runs of one recipe whose settings differ, or with the same seed.
     """
-    metric = default_metric(table, "test" if any(m.startswith("test_") for m in table.metrics) else "val")
+    metric = reference_metric(table)
     values = np.asarray(table.test_values(None, metric, purpose="comparison of differentiable searches"), float)
     tasks: dict[str, SearchTask] = {}
     outcomes: list[Outcome] = []

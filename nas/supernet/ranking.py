@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.columns import parse_column
 from benchmarks.table import Table
-from nas.evaluators import default_metric
+from nas.evaluators import reference_metric
 from nas.objectives import MAXIMIZED_ENDINGS
 from nas.run import Run
 from nas.scoring.correlation import ProxyCorrelation, correlate, with_counts
@@ -150,7 +150,7 @@ def reference_values(table: Table, rows: np.ndarray, metric: str | None = None) 
     one that is no accuracy, and where an architecture has none.
     """
     known = [m for m in table.metrics if m.startswith(("test_", "val_")) and m.endswith(MAXIMIZED_ENDINGS)]
-    name = metric or default_metric(table, "test" if any(m.startswith("test_") for m in table.metrics) else "val")
+    name = metric or reference_metric(table)
     if parse_column(name).metric not in known:
         raise UserError(name, f"an accuracy in {table.id} ({one_of(known)})", nearest(name, known))
     if name.startswith("test_"):

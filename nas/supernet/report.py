@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from nas import page, plots
 from nas.metrics import format_seconds
 from nas.report import environment_section
@@ -16,6 +14,7 @@ from nas.run import Run, TrialRecord
 from nas.supernet.log import Row, read_log
 from nas.supernet.recipes import RECIPES, sources
 from nas.supernet.task import SearchTask
+from nas.training.report import repeat_section, seed_lines
 from search_spaces.common.drawing import draw_graph
 from search_spaces.common.errors import UserError
 from search_spaces.registry import load_space
@@ -70,17 +69,8 @@ def epochs_figure(rows: list[Row], names: Sequence[str] | None = None) -> Figure
 
     names = _logged(rows) if names is None else names
     axes = plots.panels(len(names))
-    seeds = sorted({row["seed"] for row in rows})
     for own, name in zip(axes, names, strict=True):
-        by_epoch: dict[int, list[float]] = {}
-        for seed in seeds:
-            points = [(row["epoch"], row[name]) for row in rows if row["seed"] == seed and name in row]
-            for epoch, value in points:
-                by_epoch.setdefault(epoch, []).append(value)
-            if len(seeds) > 1 and points:
-                own.plot(*zip(*points, strict=True), color=plots.COLORS[0], linewidth=0.7, alpha=0.4)
-        means = [float(np.mean(by_epoch[epoch])) for epoch in sorted(by_epoch)]
-        own.plot(sorted(by_epoch), means, color=plots.COLORS[0], marker="o" if len(means) == 1 else None)
+        seed_lines(own, rows, name, plots.COLORS[0])
         own.set_xlabel("epoch")
         own.set_title(PANELS[name], fontsize=9.5, loc="left")
         own.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -150,12 +140,6 @@ def _recipe_section(run: Run, task: SearchTask) -> page.Markup:
         if value != plain.get(name):
             place = f"given or by the scale; the recipe has {plain.get(name)}"
         rows.append([name.replace("_", " "), str(value), place])
-    data = {k: v for k, v in run.settings["data"].items() if not isinstance(v, list | dict)}
-    content: list[object] = []
-    if run.settings.get("command"):
-        content += [page.paragraph("The same search again:"), page.block(run.settings["command"])]
     goes_on = f"nas resume {run.path}\nnas train {run.path}:best --data {task.data}"
-    content += [page.paragraph("To go on with it, to train what it found:"), page.block(goes_on)]
-    content += [page.paragraph(task.recipe.source), page.table(["setting", "value", "source"], rows)]
-    content += [page.pairs({f"data {k}".replace("_", " "): str(v) for k, v in data.items()})]
-    return page.section("How to repeat it", *content)
+    onward = page.paragraph("To go on with it, to train what it found:"), page.block(goes_on)
+    return repeat_section(run, "search", onward, task.recipe.source, rows)

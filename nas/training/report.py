@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ def curve_figure(rows: Rows) -> Figure:
     axes = plots.panels(2)
     for place, (quantity, label) in enumerate((("loss", "cross-entropy"), ("acc", "accuracy (%)"))):
         for part, color in PARTS.items():
-            _lines(axes[place], rows, f"{part}_{quantity}", color, WORDS[part])
+            seed_lines(axes[place], rows, f"{part}_{quantity}", color, WORDS[part])
         axes[place].set_xlabel("epoch")
         axes[place].set_ylabel(label)
         axes[place].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -99,11 +99,17 @@ def curve_figure(rows: Rows) -> Figure:
     return plots.figure_of(axes[0])
 
 
-def _lines(axes: Axes, rows: Rows, column: str, color: str, label: str) -> None:
+def seed_lines(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], column: str, color: str, label: str | None = None
+) -> None:
+    """The mean of a column over seeds by epochs, and a thin line for each of several seeds.
+
+    rows: with `seed` and `epoch`; those without the column are left out.
+    """
     seeds = sorted({row["seed"] for row in rows})
     by_epoch: dict[int, list[float]] = {}
     for seed in seeds:
-        points = [(int(r["epoch"]), r[column]) for r in rows if r["seed"] == seed and r[column] is not None]
+        points = [(int(r["epoch"]), r[column]) for r in rows if r["seed"] == seed and r.get(column) is not None]
         for epoch, value in points:
             by_epoch.setdefault(epoch, []).append(value)
         if points and len(seeds) > 1:
@@ -156,12 +162,22 @@ def _recipe_section(run: Run, task: Task) -> page.Markup:
             source = f"given; the preset has {own[name]}"
         if name != "source" and (source or value != plain[name]):
             rows.append([name.replace("_", " "), str(value), source])
+    goes_on = f"nas resume {run.path}\nnas evaluate {run.path}\nnas export {run.path}:best --to model.py"
+    onward = page.paragraph("To go on with it, to measure it, to take it home:"), page.block(goes_on)
+    return repeat_section(run, "training", onward, task.recipe.source, rows)
+
+
+def repeat_section(
+    run: Run, what: str, onward: Sequence[page.Markup], source: str, rows: Sequence[Sequence[Any]]
+) -> page.Markup:
+    """The command of a run, what to do with it next, and its settings (name, value, source) and data.
+
+    what: `training`, `search`. source: of the recipe.
+    """
     data = {k: v for k, v in run.settings["data"].items() if not isinstance(v, list | dict)}
     content: list[object] = []
     if run.settings.get("command"):
-        content += [page.paragraph("The same training again:"), page.block(run.settings["command"])]
-    goes_on = f"nas resume {run.path}\nnas evaluate {run.path}\nnas export {run.path}:best --to model.py"
-    content += [page.paragraph("To go on with it, to measure it, to take it home:"), page.block(goes_on)]
-    content += [page.paragraph(task.recipe.source), page.table(["setting", "value", "source"], rows)]
+        content += [page.paragraph(f"The same {what} again:"), page.block(run.settings["command"])]
+    content += [*onward, page.paragraph(source), page.table(["setting", "value", "source"], rows)]
     content += [page.pairs({f"data {k}".replace("_", " "): str(v) for k, v in data.items()})]
     return page.section("How to repeat it", *content)
