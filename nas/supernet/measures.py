@@ -31,9 +31,8 @@ def curvature(state: SearchState, recipe: Recipe) -> float:
     supernet = state.supernet
     held_out = state.held_out_batch()
     random = {name: value.clone() for name, value in state.random.items()}
-    before = supernet.generator.get_state()
     relaxation = supernet.relaxation
-    supernet.relaxation = noiseless(relaxation)
+    supernet.relaxation = noiseless(relaxation)  # draws nothing
     supernet.train()
     try:
         with (
@@ -48,7 +47,6 @@ def curvature(state: SearchState, recipe: Recipe) -> float:
                 tolerance=0.01,  # of the residual; an eigenvalue's error is of its square
             )
     finally:
-        supernet.generator.set_state(before)
         supernet.relaxation = relaxation
     return largest
 
